@@ -1,0 +1,170 @@
+//! Kernels and machines as plain data, and what a backend offers.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::{
+    DType, Result,
+    data::Mask,
+    problem::{AttentionProblem, RopeLayout},
+};
+
+/// What a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum KernelOp {
+    /// x · Wᵀ with packed W, prologue and epilogue.
+    Gemm,
+    /// RMSNorm of rows.
+    Norm,
+    /// Rotary embedding of rows.
+    Rope,
+    /// Softmax of rows.
+    Softmax,
+    /// Tiled attention of many queries with online softmax.
+    AttentionPrefill,
+    /// Attention of few queries over a long cache, keys split and merged.
+    AttentionDecode,
+}
+
+impl KernelOp {
+    /// The stem of the kernel's name and of its files.
+    pub const fn name(self) -> &'static str {
+        match self {
+            KernelOp::Gemm => "gemm",
+            KernelOp::Norm => "norm",
+            KernelOp::Rope => "rope",
+            KernelOp::Softmax => "softmax",
+            KernelOp::AttentionPrefill => "attention_prefill",
+            KernelOp::AttentionDecode => "attention_decode",
+        }
+    }
+}
+
+/// One row of a backend's dispatch table.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct KernelInfo {
+    /// What it computes.
+    pub op: KernelOp,
+    /// Instruction set or architecture, as users write it.
+    pub isa: &'static str,
+    /// Rows of the register tile.
+    pub tile_rows: usize,
+    /// Columns of the register tile (lanes of all its vectors).
+    pub tile_columns: usize,
+}
+
+impl fmt::Display for KernelInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.op.name(), self.isa)
+    }
+}
+
+/// What the planner knows of a machine.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MachineProfile {
+    /// The processor's own name.
+    pub name: String,
+    /// Instruction set in use.
+    pub isa: String,
+    /// Threads in use.
+    pub threads: usize,
+    /// Bytes of first-level data cache of a core.
+    pub l1_bytes: usize,
+    /// Bytes of second-level cache of a core.
+    pub l2_bytes: usize,
+    /// Floating-point operations per second of all threads, f32 FMA.
+    pub peak_flops: f64,
+    /// Bytes per second read from memory by all threads.
+    pub bandwidth: f64,
+    /// Seconds to start and join a parallel step.
+    pub launch_seconds: f64,
+}
+
+/// One run of a single kernel with its data, for conformance.
+#[derive(Clone, Debug)]
+pub enum KernelCase {
+    /// x [m, k] · Wᵀ, W [n, k], plus bias [n]: gives [m, n].
+    Gemm {
+        /// Rows of x.
+        m: usize,
+        /// Rows of W.
+        n: usize,
+        /// Columns of both.
+        k: usize,
+        /// [m, k].
+        x: Vec<f32>,
+        /// [n, k].
+        w: Vec<f32>,
+        /// [n].
+        bias: Option<Vec<f32>>,
+        /// Dtype that W is packed in.
+        weight_dtype: DType,
+    },
+    /// Rows of `width` divided by their root mean square, times `weight`.
+    Norm {
+        /// Elements of a row.
+        width: usize,
+        /// [rows, width].
+        x: Vec<f32>,
+        /// [width].
+        weight: Vec<f32>,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// Rows [rows, head_dim] turned by `angles`.
+    Rope {
+        /// Elements of a row.
+        head_dim: usize,
+        /// Leading elements that turn.
+        rotary_dim: usize,
+        /// Which elements turn together.
+        layout: RopeLayout,
+        /// [rows, head_dim].
+        x: Vec<f32>,
+        /// Radians, [rows, rotary_dim/2].
+        angles: Vec<f64>,
+    },
+    /// Softmax of rows of `width`.
+    Softmax {
+        /// Elements of a row.
+        width: usize,
+        /// [rows, width].
+        x: Vec<f32>,
+    },
+    /// Attention by the prefill or the decode kernel.
+    Attention {
+        /// What is computed.
+        problem: AttentionProblem,
+        /// [T, H, D].
+        q: Vec<f32>,
+        /// [B, G, rows, D]; rows beyond a sequence's length may hold anything.
+        k: Vec<f32>,
+        /// [B, G, rows, D].
+        v: Vec<f32>,
+        /// Rows of k and v.
+        rows: usize,
+        /// The arbitrary mask, where the problem has one.
+        mask: Option<Mask>,
+        /// [H], where the problem has sinks.
+        sinks: Option<Vec<f32>>,
+        /// [H], where the problem has ALiBi.
+        slopes: Option<Vec<f32>>,
+        /// Rows of each part of the keys, a multiple of 64, or all in one part.
+        split: Option<usize>,
+    },
+}
+
+/// A device family that runs kernels.
+pub trait Backend: Send + Sync {
+    /// What is known of the machine without measuring (rates are priors).
+    fn profile(&self) -> MachineProfile;
+    /// Every kernel that can run here.
+    fn kernels(&self) -> Vec<KernelInfo>;
+    /// Runs one kernel of [`Backend::kernels`]. Attention gives [T, H, D] followed by the log-sum-exp [T, H].
+    ///
+    /// # Errors
+    /// `InvalidInput` when the case does not fit the kernel.
+    fn run(&self, kernel: &KernelInfo, case: &KernelCase) -> Result<Vec<f32>>;
+}
