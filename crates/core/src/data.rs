@@ -44,17 +44,17 @@ pub struct BlockData {
     pub k_bias: Option<Vec<f32>>,
     /// [G·D].
     pub v_bias: Option<Vec<f32>>,
-    /// [E].
+    /// `[E]`.
     pub o_bias: Option<Vec<f32>>,
-    /// [E].
+    /// `[E]`.
     pub input_norm: Option<Vec<f32>>,
-    /// [D].
+    /// `[D]`.
     pub q_norm: Option<Vec<f32>>,
-    /// [D].
+    /// `[D]`.
     pub k_norm: Option<Vec<f32>>,
-    /// [H].
+    /// `[H]`.
     pub sinks: Option<Vec<f32>>,
-    /// [H].
+    /// `[H]`.
     pub alibi_slopes: Option<Vec<f32>>,
     /// Rows of `past_k` and `past_v`, P; at least the longest valid past.
     pub past_rows: usize,

@@ -97,7 +97,7 @@ pub enum KernelCase {
         x: Vec<f32>,
         /// [n, k].
         w: Vec<f32>,
-        /// [n].
+        /// `[n]`.
         bias: Option<Vec<f32>>,
         /// Dtype that W is packed in.
         weight_dtype: DType,
@@ -108,7 +108,7 @@ pub enum KernelCase {
         width: usize,
         /// [rows, width].
         x: Vec<f32>,
-        /// [width].
+        /// `[width]`.
         weight: Vec<f32>,
         /// Added to the mean square.
         eps: f64,
@@ -147,9 +147,9 @@ pub enum KernelCase {
         rows: usize,
         /// The arbitrary mask, where the problem has one.
         mask: Option<Mask>,
-        /// [H], where the problem has sinks.
+        /// `[H]`, where the problem has sinks.
         sinks: Option<Vec<f32>>,
-        /// [H], where the problem has ALiBi.
+        /// `[H]`, where the problem has ALiBi.
         slopes: Option<Vec<f32>>,
         /// Rows of each part of the keys, a multiple of 64, or all in one part.
         split: Option<usize>,

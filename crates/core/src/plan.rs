@@ -90,7 +90,7 @@ pub enum Op {
     Attention(TiledAttention),
     /// Merges the parts of a split attention.
     MergeSplits(TiledAttention),
-    /// y += x.
+    /// y = projected + x.
     Residual,
 }
 
@@ -160,6 +160,8 @@ pub enum BufferName {
     OStrips,
     /// Attention results, [T, H·D].
     Attention,
+    /// The output projection before the residual, [T, E].
+    Projected,
     /// Results, maximum and sum of every part of a split attention, [T, H, parts, D + 2].
     Parts,
 }
@@ -178,6 +180,7 @@ impl BufferName {
             BufferName::Scores => "scores",
             BufferName::OStrips => "o strips",
             BufferName::Attention => "attention",
+            BufferName::Projected => "projected",
             BufferName::Parts => "parts",
         }
     }

@@ -15,15 +15,15 @@ use crate::{DType, Error, Result};
 
 /// New tokens and valid past rows of every sequence of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Batch {
+pub struct Lengths {
     new: Vec<usize>,
     past: Vec<usize>,
 }
 
-impl Batch {
+impl Lengths {
     /// `batch` sequences with `seq` new tokens each, after `past` rows each.
     pub fn uniform(batch: usize, seq: usize, past: usize) -> Self {
-        Batch { new: vec![seq; batch], past: vec![past; batch] }
+        Lengths { new: vec![seq; batch], past: vec![past; batch] }
     }
 
     /// One sequence for each entry: `new[b]` new tokens after `past[b]` rows.
@@ -41,7 +41,7 @@ impl Batch {
         if let Some(b) = new.iter().position(|&n| n == 0) {
             return Err(Error::invalid(format!("sequence {b} of the batch has no new token; each needs at least one")));
         }
-        Ok(Batch { new, past })
+        Ok(Lengths { new, past })
     }
 
     /// Number of sequences, B.
@@ -71,7 +71,7 @@ impl Batch {
     /// Sequence and index within it of token `t`.
     ///
     /// # Panics
-    /// When `t` is not less than [`Batch::tokens`].
+    /// When `t` is not less than [`Lengths::tokens`].
     pub fn locate(&self, t: usize) -> (usize, usize) {
         let mut rest = t;
         for (b, &n) in self.new.iter().enumerate() {
@@ -102,7 +102,7 @@ pub struct BlockProblem {
     /// The block.
     pub spec: BlockSpec,
     /// New and past rows of each sequence.
-    pub batch: Batch,
+    pub batch: Lengths,
     /// An arbitrary mask, if one is given.
     pub mask: Option<MaskShape>,
     /// Compute dtype: of weights, x, y and the buffers between steps.
@@ -118,7 +118,7 @@ pub struct AttentionProblem {
     /// Heads, masking and score rules.
     pub spec: AttentionSpec,
     /// New and past rows of each sequence.
-    pub batch: Batch,
+    pub batch: Lengths,
     /// An arbitrary mask, if one is given.
     pub mask: Option<MaskShape>,
     /// Dtype of q and of the result.
@@ -132,7 +132,7 @@ const MAX_BYTES: u128 = 1 << 46;
 
 impl BlockProblem {
     /// A problem without an arbitrary mask, its cache in the compute dtype.
-    pub fn new(spec: BlockSpec, batch: Batch, dtype: DType) -> Self {
+    pub fn new(spec: BlockSpec, batch: Lengths, dtype: DType) -> Self {
         BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype }
     }
 
@@ -179,7 +179,7 @@ impl BlockProblem {
 
 impl AttentionProblem {
     /// A problem without an arbitrary mask, k and v in the same dtype as q.
-    pub fn new(spec: AttentionSpec, batch: Batch, dtype: DType) -> Self {
+    pub fn new(spec: AttentionSpec, batch: Lengths, dtype: DType) -> Self {
         AttentionProblem { spec, batch, mask: None, dtype, kv_dtype: dtype }
     }
 
@@ -190,8 +190,8 @@ impl AttentionProblem {
     pub fn validate(&self) -> Result<()> {
         self.spec.validate()?;
         let longest = self.batch.new.iter().zip(&self.batch.past).map(|(&n, &p)| n as u128 + p as u128).max().unwrap_or(0);
-        if longest > 1 << 30 {
-            return Err(Error::invalid(format!("a sequence of {longest} rows is too long; at most 2^30")));
+        if longest > 1 << 24 {
+            return Err(Error::invalid(format!("a sequence of {longest} rows is too long; at most 2^24")));
         }
         let rows = longest.saturating_mul(self.batch.sequences() as u128);
         check_size("the cache", rows, self.spec.kv_dim() as u128)?;
@@ -222,7 +222,7 @@ impl AttentionProblem {
     }
 }
 
-fn token_count(batch: &Batch) -> u128 {
+fn token_count(batch: &Lengths) -> u128 {
     batch.new.iter().map(|&n| n as u128).sum()
 }
 

@@ -1,0 +1,25 @@
+//! What a step is predicted to take: the greater of its bytes over the bandwidth and its operations over the rate, plus a launch.
+
+use lawson_core::kernel::MachineProfile;
+
+/// Operations and bytes of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Bytes read and written.
+    pub bytes: f64,
+    /// Times it is launched.
+    pub launches: usize,
+}
+
+/// The share of the FMA peak that a product reaches; a prior that measurement replaces.
+const PRODUCT_EFFICIENCY: f64 = 0.75;
+
+impl Cost {
+    /// Predicted seconds on `machine`.
+    pub fn seconds(&self, machine: &MachineProfile) -> f64 {
+        let compute = self.flops / (machine.peak_flops * PRODUCT_EFFICIENCY);
+        compute.max(self.bytes / machine.bandwidth) + self.launches as f64 * machine.launch_seconds
+    }
+}

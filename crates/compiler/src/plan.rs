@@ -1,0 +1,515 @@
+//! From a problem and a level of fusion to steps, buffers and offsets.
+
+use lawson_core::{
+    DType, Result,
+    kernel::{KernelInfo, KernelOp, MachineProfile},
+    plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
+    problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
+};
+
+use crate::Cost;
+
+/// Bytes of scratch that a backend's kernels need for one work item; the planner takes the largest that a plan uses.
+pub trait Scratch {
+    /// Of a GEMM item with these rows.
+    fn gemm(&self, problem: &BlockProblem, row_tile: usize) -> usize;
+    /// Of an attention item with these queries (0: decode).
+    fn attention(&self, problem: &BlockProblem, query_tile: usize) -> usize;
+    /// Of every other step.
+    fn other(&self, problem: &BlockProblem) -> usize;
+}
+
+/// Tokens of a row block at `maximal`: enough rows to pay for streaming the weights, few enough that q and the attention's
+/// result stay in cache.
+const ROW_BLOCK: usize = 256;
+/// Rows of the smallest part that a split attention is worth.
+const LEAST_SPLIT: usize = 256;
+/// Work items that keep any sensible number of threads busy; a constant, so that results do not depend on the threads.
+const ENOUGH_ITEMS: usize = 64;
+/// Buffers start at multiples of this.
+const ALIGN: usize = 64;
+
+/// Plans blocks for one machine.
+pub struct Planner<'a> {
+    /// The machine.
+    pub machine: &'a MachineProfile,
+    /// What can run on it.
+    pub kernels: &'a [KernelInfo],
+    /// What its kernels need.
+    pub scratch: &'a dyn Scratch,
+}
+
+/// A buffer with the steps between which it lives.
+struct Live {
+    name: BufferName,
+    dtype: DType,
+    elements: usize,
+    first: usize,
+    last: usize,
+}
+
+/// Steps under construction.
+struct Draft<'a> {
+    planner: &'a Planner<'a>,
+    problem: &'a BlockProblem,
+    level: Level,
+    stages: Vec<Stage>,
+    row_block: Option<usize>,
+    rejected: Vec<Rejected>,
+    live: Vec<Live>,
+    steps: usize,
+    scratch: usize,
+}
+
+impl Planner<'_> {
+    /// The plan of `problem` at `level`.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the problem is not valid.
+    pub fn plan(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
+        problem.validate()?;
+        let mut d = Draft {
+            planner: self,
+            problem,
+            level,
+            stages: Vec::new(),
+            row_block: None,
+            rejected: Vec::new(),
+            live: Vec::new(),
+            steps: 0,
+            scratch: self.scratch.other(problem),
+        };
+        match level {
+            Level::Unfused | Level::Minimal => d.materialised(level),
+            Level::Moderate => d.moderate(),
+            Level::Maximal => d.maximal(),
+        }
+        let (buffers, workspace_bytes) = place(&d.live);
+        Ok(BlockPlan {
+            problem: problem.clone(),
+            level,
+            threads: self.machine.threads,
+            stages: d.stages,
+            buffers,
+            workspace_bytes,
+            scratch_bytes: d.scratch.next_multiple_of(ALIGN),
+            rejected: d.rejected,
+        })
+    }
+
+    /// The plan that is predicted to be the fastest; what was passed over stands in `rejected`.
+    ///
+    /// # Errors
+    /// As [`Planner::plan`].
+    pub fn auto(&self, problem: &BlockProblem) -> Result<BlockPlan> {
+        let mut best = self.plan(problem, Level::Maximal)?;
+        let mut rejected = Vec::new();
+        for level in [Level::Moderate, Level::Minimal, Level::Unfused] {
+            let other = self.plan(problem, level)?;
+            let (winner, loser) = if other.seconds() < best.seconds() { (other, best) } else { (best, other) };
+            rejected.push(Rejected {
+                what: format!("level {}", loser.level),
+                why: format!(
+                    "predicted {:.3} ms and {} bytes of memory, against {:.3} ms and {} of {}",
+                    loser.seconds() * 1e3,
+                    loser.peak_bytes(),
+                    winner.seconds() * 1e3,
+                    winner.peak_bytes(),
+                    winner.level
+                ),
+            });
+            best = winner;
+        }
+        best.rejected.extend(rejected);
+        Ok(best)
+    }
+}
+
+/// Offsets by lifetime: each buffer goes to the lowest place that is free while it lives, the largest first.
+fn place(live: &[Live]) -> (Vec<Buffer>, usize) {
+    let size = |l: &Live| (l.elements * l.dtype.size()).next_multiple_of(ALIGN);
+    let mut order: Vec<usize> = (0..live.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(size(&live[i])));
+    let mut offsets: Vec<Option<usize>> = vec![None; live.len()];
+    for &i in &order {
+        let mut taken: Vec<(usize, usize)> = (0..live.len())
+            .filter(|&j| live[j].first <= live[i].last && live[i].first <= live[j].last)
+            .filter_map(|j| offsets[j].map(|o| (o, o + size(&live[j]))))
+            .collect();
+        taken.sort_unstable();
+        let mut offset = 0;
+        for (start, end) in taken {
+            if offset + size(&live[i]) <= start {
+                break;
+            }
+            offset = offset.max(end);
+        }
+        offsets[i] = Some(offset);
+    }
+    let buffers: Vec<Buffer> = live
+        .iter()
+        .zip(&offsets)
+        .map(|(l, o)| Buffer { name: l.name, dtype: l.dtype, bytes: size(l), offset: o.unwrap_or(0) })
+        .collect();
+    let total = buffers.iter().map(|b| b.offset + b.bytes).max().unwrap_or(0);
+    (buffers, total)
+}
+
+impl Draft<'_> {
+    fn tokens(&self) -> usize {
+        self.problem.batch.tokens()
+    }
+
+    /// Tokens whose rows a buffer holds.
+    fn rows(&self) -> usize {
+        self.row_block.map_or(self.tokens(), |r| r.min(self.tokens()))
+    }
+
+    fn begin(&mut self, row_block: Option<usize>) {
+        self.row_block = row_block;
+        self.stages.push(Stage { row_block, steps: Vec::new() });
+    }
+
+    fn kernel(&self, op: KernelOp) -> String {
+        self.planner.kernels.iter().find(|k| k.op == op).map_or_else(|| op.name().to_string(), ToString::to_string)
+    }
+
+    /// The kernel of `op`'s register tile, rows by columns.
+    fn tile(&self, op: KernelOp) -> (usize, usize) {
+        self.planner.kernels.iter().find(|k| k.op == op).map_or((1, 1), |k| (k.tile_rows, k.tile_columns))
+    }
+
+    fn elements(&self, name: BufferName) -> (usize, DType) {
+        let (a, p) = (&self.problem.spec.attention, self.problem);
+        let strip = self.tile(KernelOp::AttentionPrefill).1;
+        let lanes = |n: usize| n.div_ceil(strip) * strip * a.heads;
+        let (new, past) = (p.batch.new_tokens(), p.batch.past());
+        let strips: usize = new.iter().map(|&n| lanes(n)).sum();
+        let rows = self.rows();
+        match name {
+            BufferName::H => (rows * p.spec.hidden_size, p.dtype),
+            BufferName::Packed => (rows * p.spec.hidden_size.max(a.q_dim()), DType::F32),
+            BufferName::Q => (rows * a.q_dim(), self.unturned()),
+            BufferName::K => (rows * a.kv_dim(), self.unturned()),
+            BufferName::V => (rows * a.kv_dim(), p.dtype),
+            BufferName::Attention => (rows * a.q_dim(), p.dtype),
+            BufferName::RopeTable => {
+                let width = p.spec.rope.as_ref().map_or(0, |r| match (r.layout, r.rotary_dim(a.head_dim)) {
+                    (RopeLayout::Half, d) => d,
+                    (RopeLayout::Interleaved, d) => 2 * d,
+                });
+                (rows * width, DType::F32)
+            }
+            BufferName::QStrips | BufferName::OStrips => (strips * a.head_dim, DType::F32),
+            BufferName::Scores => (new.iter().zip(past).map(|(&n, &p)| lanes(n) * (n + p)).sum(), DType::F32),
+            BufferName::Projected => (rows * p.spec.hidden_size, DType::F32),
+            BufferName::Parts => {
+                let parts = self.tiles().split.map_or(0, |s| p.batch.max_len().div_ceil(s));
+                (rows * a.heads * parts * (a.head_dim + 2), DType::F32)
+            }
+            _ => (0, DType::F32),
+        }
+    }
+
+    /// The dtype of q and k in memory: f32 where passes of their own still norm or turn them, so that they are rounded once.
+    fn unturned(&self) -> DType {
+        let spec = &self.problem.spec;
+        let passes = self.level != Level::Maximal && (spec.rope.is_some() || spec.qk_norm.is_some());
+        if passes { DType::F32 } else { self.problem.dtype }
+    }
+
+    fn touch(&mut self, operand: Operand) {
+        let Operand::Buffer(name) = operand else { return };
+        let at = self.steps;
+        if let Some(l) = self.live.iter_mut().find(|l| l.name == name) {
+            l.last = at;
+            return;
+        }
+        let (elements, dtype) = self.elements(name);
+        self.live.push(Live { name, dtype, elements, first: at, last: at });
+    }
+
+    fn step(&mut self, op: Op, kernel: KernelOp, reads: &[Operand], writes: &[Operand], why: impl Into<String>) {
+        reads.iter().chain(writes).for_each(|&o| self.touch(o));
+        if let Op::Projection(p) = op {
+            self.touch(Operand::Buffer(BufferName::Packed));
+            self.scratch = self.scratch.max(self.planner.scratch.gemm(self.problem, p.row_tile));
+        }
+        if let Op::Attention(t) = op {
+            self.scratch = self.scratch.max(self.planner.scratch.attention(self.problem, t.query_tile));
+        }
+        let mut cost = self.cost(&op, reads, writes);
+        cost.launches = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
+        let step = Step {
+            op,
+            kernel: self.kernel(kernel),
+            reads: reads.to_vec(),
+            writes: writes.to_vec(),
+            flops: cost.flops,
+            bytes: cost.bytes,
+            seconds: cost.seconds(self.planner.machine),
+            why: why.into(),
+        };
+        if let Some(stage) = self.stages.last_mut() {
+            stage.steps.push(step);
+        }
+        self.steps += 1;
+    }
+
+    /// Operations and bytes of all launches of a step.
+    fn cost(&self, op: &Op, reads: &[Operand], writes: &[Operand]) -> Cost {
+        let (a, p) = (&self.problem.spec.attention, self.problem);
+        let (t, e) = (self.tokens() as f64, p.spec.hidden_size as f64);
+        let (d, h) = (a.head_dim as f64, a.heads as f64);
+        let pairs: f64 = p.batch.new_tokens().iter().zip(p.batch.past()).map(|(&n, &p)| (n * (n + p)) as f64).sum();
+        let scores = pairs * h;
+        let columns = |part: Part| match part {
+            Part::Q => a.q_dim(),
+            Part::K | Part::V => a.kv_dim(),
+            Part::Kv => 2 * a.kv_dim(),
+            Part::Qkv => a.qkv_dim(),
+            Part::O => a.q_dim(),
+        } as f64;
+        let visible = p.attention().visible_pairs() * h;
+        let flops = match op {
+            Op::InputNorm => 4.0 * t * e,
+            Op::Projection(x) => 2.0 * t * e * columns(x.part),
+            Op::QkNorm => 4.0 * t * (a.q_dim() + a.kv_dim()) as f64,
+            Op::Rope | Op::RopeAppend => 6.0 * t * (a.q_dim() + a.kv_dim()) as f64,
+            Op::Scores | Op::WeightedValues => 2.0 * d * scores,
+            Op::Scale | Op::Alibi | Op::Mask => scores,
+            Op::Softcap => 20.0 * scores,
+            Op::Softmax => 15.0 * scores,
+            Op::Attention(_) => 4.0 * d * visible,
+            Op::Residual => t * e,
+            _ => 0.0,
+        };
+        let cache = |new_only: bool| {
+            let rows: usize =
+                p.batch.new_tokens().iter().zip(p.batch.past()).map(|(n, past)| if new_only { *n } else { n + past }).sum();
+            (2 * rows * a.kv_dim() * p.kv_dtype.size()) as f64
+        };
+        let of = |o: &Operand, write: bool| match o {
+            Operand::X | Operand::Y => t * e * p.dtype.size() as f64,
+            Operand::Weights => match op {
+                Op::Projection(x) => {
+                    let blocks = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
+                    e * columns(x.part) * p.dtype.size() as f64 * blocks as f64
+                }
+                _ => 0.0,
+            },
+            Operand::Mask => p.mask.map_or(0.0, |m| {
+                let share = if m.per_head { h } else { 1.0 } * if m.per_sequence { 1.0 } else { 1.0 / p.batch.sequences() as f64 };
+                pairs * share
+            }),
+            Operand::Cache => cache(write) * if matches!(op, Op::Scores | Op::WeightedValues) { 0.5 } else { 1.0 },
+            Operand::Buffer(name) => {
+                let (elements, dtype) = self.elements(*name);
+                let blocks = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
+                (elements * dtype.size() * blocks) as f64
+            }
+            _ => 0.0,
+        };
+        let bytes = reads.iter().map(|o| of(o, false)).sum::<f64>() + writes.iter().map(|o| of(o, true)).sum::<f64>();
+        Cost { flops, bytes, launches: 1 }
+    }
+
+    /// Rows of a GEMM's work item: as many as keep its result tile in second-level cache, fewer when there would be too few items.
+    fn row_tile(&self, columns: usize) -> usize {
+        let mr = self.tile(KernelOp::Gemm).0;
+        let most = 10 * mr;
+        let column_tiles = columns.div_ceil(128);
+        let groups = ENOUGH_ITEMS.div_ceil(column_tiles);
+        self.rows().div_ceil(groups).next_multiple_of(mr).clamp(mr, most)
+    }
+
+    fn projection(&mut self, part: Part, fused: bool, reads: Operand, writes: &[Operand], why: &str) {
+        let a = &self.problem.spec.attention;
+        let columns = match part {
+            Part::Q => a.q_dim(),
+            Part::K | Part::V => a.kv_dim(),
+            Part::Kv => 2 * a.kv_dim(),
+            Part::Qkv => a.qkv_dim(),
+            Part::O => self.problem.spec.hidden_size,
+        };
+        let spec = &self.problem.spec;
+        let is_o = part == Part::O;
+        let p = Projection {
+            part,
+            norm: fused && !is_o && spec.input_norm.is_some(),
+            append: fused && !is_o,
+            residual: fused && is_o && spec.residual,
+            row_tile: self.row_tile(columns),
+        };
+        let mut reads = vec![reads, Operand::Weights];
+        if p.append && spec.rope.is_some() {
+            reads.push(Operand::Buffer(BufferName::RopeTable));
+        }
+        if p.residual {
+            reads.push(Operand::X);
+        }
+        self.step(Op::Projection(p), KernelOp::Gemm, &reads, writes, why);
+    }
+
+    /// What the projections read: x, or the normed x that this adds a step for.
+    fn normed_x(&mut self) -> Operand {
+        if self.problem.spec.input_norm.is_none() {
+            return Operand::X;
+        }
+        let h = Operand::Buffer(BufferName::H);
+        self.step(Op::InputNorm, KernelOp::Norm, &[Operand::X], &[h], "x is normed through memory at this level");
+        h
+    }
+
+    fn rope_table(&mut self) {
+        if self.problem.spec.rope.is_some() {
+            let table = Operand::Buffer(BufferName::RopeTable);
+            self.step(Op::RopeTable, KernelOp::Rope, &[], &[table], "cos and sin once for all heads, from f64 angles");
+        }
+    }
+
+    fn qk_norm(&mut self) {
+        let qk = [BufferName::Q, BufferName::K].map(Operand::Buffer);
+        if self.problem.spec.qk_norm.is_some() {
+            self.step(Op::QkNorm, KernelOp::Norm, &qk, &qk, "a pass of its own at this level");
+        }
+    }
+
+    fn qkv(&mut self, level: Level, x: Operand) {
+        let [q, k, v] = [BufferName::Q, BufferName::K, BufferName::V].map(Operand::Buffer);
+        if level == Level::Unfused {
+            self.projection(Part::Q, false, x, &[q], "three projections, each packs x again");
+            self.projection(Part::K, false, x, &[k], "as q");
+            self.projection(Part::V, false, x, &[v], "as q");
+        } else {
+            self.projection(Part::Qkv, false, x, &[q, k, v], "x is packed once for q, k and v");
+        }
+    }
+
+    fn output(&mut self) {
+        let attention = Operand::Buffer(BufferName::Attention);
+        if self.problem.spec.residual {
+            let projected = Operand::Buffer(BufferName::Projected);
+            self.projection(Part::O, false, attention, &[projected], "bias in the epilogue");
+            self.step(Op::Residual, KernelOp::Norm, &[projected, Operand::X], &[Operand::Y], "a pass of its own at this level");
+        } else {
+            self.projection(Part::O, false, attention, &[Operand::Y], "bias in the epilogue");
+        }
+    }
+
+    fn materialised(&mut self, level: Level) {
+        let spec = &self.problem.spec;
+        let a = &spec.attention;
+        self.begin(None);
+        let x = self.normed_x();
+        self.qkv(level, x);
+        self.qk_norm();
+        let [q, k, v, table] = [BufferName::Q, BufferName::K, BufferName::V, BufferName::RopeTable].map(Operand::Buffer);
+        if spec.rope.is_some() {
+            self.rope_table();
+            self.step(Op::Rope, KernelOp::Rope, &[q, k, table], &[q, k], "a pass of its own at this level");
+        }
+        self.step(Op::Append, KernelOp::Rope, &[k, v], &[Operand::Cache], "a copy of its own at this level");
+        let [qs, s, os, o] =
+            [BufferName::QStrips, BufferName::Scores, BufferName::OStrips, BufferName::Attention].map(Operand::Buffer);
+        let prefill = KernelOp::AttentionPrefill;
+        self.step(Op::TransposeQ, prefill, &[q], &[qs], "heads side by side in the lanes");
+        self.step(Op::Scores, KernelOp::Gemm, &[qs, Operand::Cache], &[s], "scores of every row, visible or not, through memory");
+        self.step(Op::Scale, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        if a.softcap.is_some() {
+            self.step(Op::Softcap, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        }
+        if a.alibi {
+            self.step(Op::Alibi, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        }
+        if a.causal || self.problem.mask.is_some() {
+            let reads: &[Operand] = if self.problem.mask.is_some() { &[s, Operand::Mask] } else { &[s] };
+            self.step(Op::Mask, KernelOp::Softmax, reads, &[s], "element-wise, in place");
+        }
+        self.step(Op::Softmax, KernelOp::Softmax, &[s], &[s], "in place, in the one score buffer");
+        self.step(Op::WeightedValues, KernelOp::Gemm, &[s, Operand::Cache], &[os], "probabilities of every row");
+        self.step(Op::TransposeO, prefill, &[os], &[o], "back to tokens");
+        self.output();
+        self.rejected.push(Rejected { what: "tiled attention".into(), why: format!("level {level} keeps the scores in memory") });
+    }
+
+    fn tiles(&self) -> TiledAttention {
+        attention_tiles(&self.problem.attention(), self.planner.kernels)
+    }
+
+    fn attention(&mut self) {
+        let tiled = self.tiles();
+        let (q, o) = (Operand::Buffer(BufferName::Q), Operand::Buffer(BufferName::Attention));
+        let parts = Operand::Buffer(BufferName::Parts);
+        let kernel = if tiled.query_tile == 0 { KernelOp::AttentionDecode } else { KernelOp::AttentionPrefill };
+        let mut reads = vec![q, Operand::Cache];
+        if self.problem.mask.is_some() {
+            reads.push(Operand::Mask);
+        }
+        let why = match (tiled.query_tile, tiled.split) {
+            (0, None) => "one query a sequence: heads of a group share each key; enough sequences and heads for all threads".to_string(),
+            (0, Some(s)) => format!("one query a sequence: keys split into parts of {s} rows so that all threads work"),
+            (n, None) => format!("{n} queries take turns at each tile of 64 keys; scores stay in cache"),
+            (n, Some(s)) => format!("{n} queries a tile; few queries, so keys are split into parts of {s} rows"),
+        };
+        if tiled.split.is_some() {
+            self.step(Op::Attention(tiled), kernel, &reads, &[parts], why);
+            self.step(Op::MergeSplits(tiled), kernel, &[parts], &[o], "parts are merged in order by (m, l, acc)");
+        } else {
+            self.step(Op::Attention(tiled), kernel, &reads, &[o], why);
+            self.rejected.push(Rejected { what: "split keys".into(), why: "there are enough queries, heads or too few rows".into() });
+        }
+    }
+
+    fn moderate(&mut self) {
+        self.begin(None);
+        let x = self.normed_x();
+        self.qkv(Level::Moderate, x);
+        self.qk_norm();
+        let [q, k, v, table] = [BufferName::Q, BufferName::K, BufferName::V, BufferName::RopeTable].map(Operand::Buffer);
+        if self.problem.spec.rope.is_some() {
+            self.rope_table();
+            self.step(Op::RopeAppend, KernelOp::Rope, &[q, k, v, table], &[q, Operand::Cache], "k turns on its way to the cache");
+        } else {
+            self.step(Op::Append, KernelOp::Rope, &[k, v], &[Operand::Cache], "no RoPE: a copy");
+        }
+        self.attention();
+        self.output();
+        self.rejected.push(Rejected { what: "scores in memory".into(), why: "tiled attention moves fewer bytes".into() });
+    }
+
+    fn maximal(&mut self) {
+        let [q, o] = [BufferName::Q, BufferName::Attention].map(Operand::Buffer);
+        let block = (self.tokens() > ROW_BLOCK).then_some(ROW_BLOCK);
+        // A query may see rows that a later row block appends only when attention is not causal.
+        let ahead = block.is_some() && !self.problem.spec.attention.causal;
+        self.begin(block);
+        self.rope_table();
+        if ahead {
+            self.projection(Part::Kv, true, Operand::X, &[Operand::Cache], "not causal: all keys come before the first query");
+            self.begin(block);
+            self.rope_table();
+            self.projection(Part::Q, true, Operand::X, &[q], "norm, bias, QK-norm and RoPE while the tile is warm");
+        } else {
+            self.projection(Part::Qkv, true, Operand::X, &[q, Operand::Cache], "norm, bias, QK-norm, RoPE and append while the tile is warm");
+        }
+        self.attention();
+        self.projection(Part::O, true, o, &[Operand::Y], "bias and residual in the epilogue");
+        if block.is_none() {
+            self.rejected.push(Rejected { what: format!("row blocks of {ROW_BLOCK}"), why: "the call has no more tokens than one block".into() });
+        }
+    }
+}
+
+/// Queries of an attention work item, and the parts that keys are split into when there are too few items otherwise. A function of the
+/// problem and the kernels alone, never of the threads, so that results do not depend on them.
+pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo]) -> TiledAttention {
+    let (a, batch) = (&problem.spec, &problem.batch);
+    let strip = kernels.iter().find(|k| k.op == KernelOp::AttentionPrefill).map_or(1, |k| k.tile_columns);
+    // Four strips take turns at each tile of K and V; heads of a group share them.
+    let query_tile = if batch.max_new() == 1 { 0 } else { (4 * strip).div_ceil(a.group()).clamp(1, batch.max_new()) };
+    let items: usize = batch.new_tokens().iter().map(|n| n.div_ceil(query_tile.max(1)) * a.kv_heads).sum();
+    let longest = batch.max_len();
+    let parts = (ENOUGH_ITEMS / items.max(1)).clamp(1, (longest / LEAST_SPLIT).max(1));
+    TiledAttention { query_tile, split: (parts > 1).then(|| longest.div_ceil(parts).next_multiple_of(64)) }
+}

@@ -1,0 +1,291 @@
+//! The CPU as a [`Backend`]: its table, and single kernels for conformance.
+
+use lawson_core::{
+    DType, Error, Result,
+    data::Mask,
+    kernel::{Backend, KernelCase, KernelInfo, KernelOp, MachineProfile},
+    problem::{AttentionProblem, AttentionSpec, BlockProblem, RopeFrequencies},
+};
+
+use crate::{
+    Isa,
+    arena::AlignedBytes,
+    dispatch::Kernels,
+    executor::{Workspace, attend, merge},
+    kernels::{
+        attention_decode, attention_prefill,
+        attention_prefill::{Attention, MaskRows},
+        gemm::{self, Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
+        rope,
+        rows::{CacheRows, Place, Rows},
+        scores,
+    },
+    machine,
+    pack::{PackedMatrix, tile_columns},
+    threads::Threads,
+};
+
+/// The CPU with one instruction set and some threads.
+pub struct Cpu {
+    /// Entry points.
+    pub kernels: Kernels,
+    /// Threads.
+    pub threads: Threads,
+}
+
+impl Cpu {
+    /// The CPU with `isa` and `threads` threads.
+    ///
+    /// # Errors
+    /// `Unavailable` when the processor lacks `isa`; as [`Threads::new`].
+    pub fn new(isa: Isa, threads: usize) -> Result<Self> {
+        let kernels = Kernels::of(isa).ok_or_else(|| {
+            Error::new(lawson_core::ErrorKind::Unavailable, format!("this processor lacks the instruction set {isa}"))
+        })?;
+        Ok(Cpu { kernels, threads: Threads::new(threads)? })
+    }
+
+    /// Bytes of scratch of a GEMM item.
+    pub fn gemm_scratch(&self, problem: &BlockProblem, row_tile: usize) -> usize {
+        let a = &problem.spec.attention;
+        let heads = tile_columns(a.head_dim, a.q_dim(), self.kernels.lanes);
+        let output = tile_columns(1, problem.spec.hidden_size, self.kernels.lanes);
+        4 * gemm::scratch_len(row_tile, heads.max(output), self.kernels.lanes)
+    }
+
+    /// Bytes of scratch of an attention item; `query_tile` 0 is the decode kernel.
+    pub fn attention_scratch(&self, spec: &AttentionSpec, kv_dtype: DType, query_tile: usize) -> usize {
+        4 * if query_tile == 0 {
+            attention_decode::scratch_len(spec, self.kernels.lanes)
+        } else {
+            attention_prefill::scratch_len(spec, kv_dtype, query_tile, self.kernels.lanes)
+        }
+    }
+
+    /// Bytes of scratch of every other step.
+    pub fn other_scratch(&self, problem: &BlockProblem) -> usize {
+        let d = problem.spec.attention.head_dim;
+        4 * scores::scratch_len(d, self.kernels.lanes).max(problem.spec.hidden_size)
+    }
+
+    /// Attention of user tensors, whole in one call: tiles, parts and merge.
+    ///
+    /// # Safety
+    /// `a` describes valid memory; its `parts` is null (this provides them).
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub unsafe fn attention(&self, a: &Attention<'_>, workspace: &mut Workspace) -> Result<()> {
+        let spec = a.spec;
+        let parts = a.split.map_or(0, |_| a.rows * spec.heads * a.most_parts * (spec.head_dim + 2) * 4);
+        let scratch = self.attention_scratch(spec, a.cache.dtype, a.query_tile);
+        let scratch = workspace.reserve(parts, scratch, self.threads.count())?;
+        let parts = if a.split.is_some() { workspace.buffers().cast() } else { std::ptr::null_mut() };
+        let a = Attention { parts, ..*a };
+        // SAFETY: the caller's; parts and scratch were just reserved.
+        unsafe {
+            attend(&self.kernels, &self.threads, &a, scratch);
+            if a.split.is_some() {
+                merge(&self.kernels, &self.threads, &a, scratch);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A mask as kernels read it.
+pub fn mask_rows(m: &Mask, heads: usize) -> MaskRows {
+    let one = m.rows * m.columns;
+    let per_sequence = if m.shape.per_head { heads * one } else { one };
+    MaskRows {
+        start: m.data.as_ptr(),
+        sequence_stride: if m.shape.per_sequence { per_sequence } else { 0 },
+        head_stride: if m.shape.per_head { one } else { 0 },
+        row_stride: m.columns,
+    }
+}
+
+impl Backend for Cpu {
+    fn profile(&self) -> MachineProfile {
+        machine::profile(&self.kernels, self.threads.count())
+    }
+
+    fn kernels(&self) -> Vec<KernelInfo> {
+        self.kernels.infos()
+    }
+
+    fn run(&self, kernel: &KernelInfo, case: &KernelCase) -> Result<Vec<f32>> {
+        if kernel.isa != self.kernels.isa.name() {
+            return Err(Error::invalid(format!("kernel {kernel} is not one of {}", self.kernels.isa)));
+        }
+        match case {
+            KernelCase::Gemm { m, n, k, x, w, bias, weight_dtype } => self.run_gemm(*m, *n, *k, x, w, bias.as_deref(), *weight_dtype),
+            KernelCase::Norm { width, x, weight, eps } => {
+                if weight.len() != *width || !x.len().is_multiple_of(*width) {
+                    return Err(Error::invalid("a norm case whose lengths do not fit its width"));
+                }
+                let (mut out, mut scratch) = (vec![f32::NAN; x.len()], vec![0f32; *width]);
+                let to = rows_mut(&mut out, *width);
+                for row in 0..x.len() / width {
+                    // SAFETY: rows of x and out have `width` elements.
+                    unsafe {
+                        (self.kernels.norm_row)(rows(x, *width), to, row, weight.as_ptr(), *width, *eps, scratch.as_mut_ptr());
+                    }
+                }
+                Ok(out)
+            }
+            KernelCase::Rope { head_dim, rotary_dim, layout, x, angles } => {
+                let count = x.len() / head_dim;
+                if x.len() != count * head_dim || angles.len() != count * rotary_dim / 2 || rotary_dim > head_dim {
+                    return Err(Error::invalid("a rope case whose lengths do not fit its dimensions"));
+                }
+                let width = rope::table_width(*layout, *rotary_dim);
+                let (mut out, mut scratch) = (x.clone(), vec![0f32; *head_dim]);
+                let all = rows_mut(&mut out, *head_dim);
+                for row in 0..count {
+                    let mut table = vec![0f32; 2 * width];
+                    let inverse = angles[row * rotary_dim / 2..][..rotary_dim / 2].to_vec();
+                    let frequencies = RopeFrequencies { inverse, attention_factor: 1.0 };
+                    rope::fill_rows(*layout, &frequencies, std::iter::once(1), width, &mut table);
+                    let heads = Heads {
+                        head_dim: *head_dim,
+                        to: HeadsTo::Rows(Rows { start: all.at(row, 0), ..all }),
+                        norm: None,
+                        rope: Some(RopeRows { table: table.as_ptr(), width, layout: *layout }),
+                        new: &[1],
+                        past: &[0],
+                    };
+                    let from = Rows { start: all.at(row, 0), ..all };
+                    let place = Place { sequence: 0, index: 0, position: 0 };
+                    // SAFETY: source and destination are row `row` of out; the table has one row.
+                    unsafe { (self.kernels.move_head)(&heads, from, 0, 0, place, scratch.as_mut_ptr()) };
+                }
+                Ok(out)
+            }
+            KernelCase::Softmax { width, x } => {
+                let mut out = vec![f32::NAN; x.len()];
+                for (from, to) in x.chunks_exact(*width).zip(out.chunks_exact_mut(*width)) {
+                    // SAFETY: both rows have `width` elements.
+                    unsafe { (self.kernels.softmax_row)(from.as_ptr(), *width, to.as_mut_ptr()) };
+                }
+                Ok(out)
+            }
+            KernelCase::Attention { problem, q, k, v, rows, mask, sinks, slopes, split } => {
+                let data = AttentionData { q, k, v, rows: *rows, mask: mask.as_ref(), sinks: sinks.as_deref(), slopes: slopes.as_deref() };
+                self.run_attention(kernel, problem, &data, *split)
+            }
+        }
+    }
+}
+
+struct AttentionData<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    rows: usize,
+    mask: Option<&'a Mask>,
+    sinks: Option<&'a [f32]>,
+    slopes: Option<&'a [f32]>,
+}
+
+/// Rows of a slice; writing through them needs a slice that was borrowed mutably.
+fn rows(x: &[f32], stride: usize) -> Rows {
+    Rows { start: x.as_ptr().cast_mut().cast(), dtype: DType::F32, stride }
+}
+
+fn rows_mut(x: &mut [f32], stride: usize) -> Rows {
+    Rows { start: x.as_mut_ptr().cast(), dtype: DType::F32, stride }
+}
+
+impl Cpu {
+    /// `x` rounded to `dtype`.
+    fn encode(&self, dtype: DType, x: &[f32]) -> Result<AlignedBytes> {
+        let out = AlignedBytes::new(x.len() * dtype.size())?;
+        let to = Rows { start: out.as_ptr(), dtype, stride: x.len() };
+        // SAFETY: both are one row of x.len() elements.
+        unsafe { (self.kernels.convert_row)(rows(x, x.len()), to, x.len()) };
+        Ok(out)
+    }
+}
+
+impl Cpu {
+    #[expect(clippy::too_many_arguments, reason = "the fields of one case")]
+    fn run_gemm(&self, m: usize, n: usize, k: usize, x: &[f32], w: &[f32], bias: Option<&[f32]>, dtype: DType) -> Result<Vec<f32>> {
+        if x.len() != m * k || bias.is_some_and(|b| b.len() != n) {
+            return Err(Error::invalid("a GEMM case whose lengths do not fit its shape"));
+        }
+        let tensor = lawson_core::TensorRef::new(w, &[n, k])?;
+        let columns = tile_columns(1, n, self.kernels.lanes);
+        let packed_w = PackedMatrix::new(&tensor, dtype, columns, self.kernels.lanes, &self.threads)?;
+        let (mut packed, mut out) = (vec![0f32; m * k], vec![f32::NAN; m * n]);
+        let row_tile = 2 * self.kernels.mr;
+        let mut scratch = vec![0f32; gemm::scratch_len(row_tile, columns, self.kernels.lanes)];
+        let pack = PackX { x: rows(x, k), first: 0, rows: m, k, norm: None, packed: packed.as_mut_ptr() };
+        let to = Rows { start: out.as_mut_ptr().cast(), dtype: DType::F32, stride: n };
+        let epilogue = Epilogue::Store { to, residual: None };
+        let segments = [Segment { weights: packed_w.weights(), bias: bias.map(<[f32]>::as_ptr), epilogue }];
+        let gemm = Gemm { packed: packed.as_ptr(), first: 0, rows: m, row_tile, segments: &segments };
+        // SAFETY: x, the packed x, the weights and out have the shapes given; items run one after another.
+        unsafe {
+            (0..m.div_ceil(self.kernels.mr)).for_each(|g| (self.kernels.pack_x)(&pack, g));
+            (0..gemm.items()).for_each(|i| (self.kernels.gemm)(&gemm, i, scratch.as_mut_ptr()));
+        }
+        Ok(out)
+    }
+
+    fn run_attention(&self, kernel: &KernelInfo, p: &AttentionProblem, data: &AttentionData<'_>, split: Option<usize>) -> Result<Vec<f32>> {
+        p.validate()?;
+        let (s, tokens) = (&p.spec, p.batch.tokens());
+        let decode = kernel.op == KernelOp::AttentionDecode;
+        if decode && p.batch.max_new() != 1 {
+            return Err(Error::invalid("the decode kernel takes one new token a sequence"));
+        }
+        let elements = p.batch.sequences() * s.kv_dim() * data.rows;
+        if data.q.len() != tokens * s.q_dim() || data.k.len() != elements || data.v.len() != elements || data.rows < p.batch.max_len() {
+            return Err(Error::invalid("an attention case whose lengths do not fit its problem"));
+        }
+        if let Some(m) = data.mask {
+            let masks = if m.shape.per_sequence { p.batch.sequences() } else { 1 } * if m.shape.per_head { s.heads } else { 1 };
+            if m.columns < p.batch.max_len() || m.rows < p.batch.max_new() || m.data.len() != masks * m.rows * m.columns {
+                return Err(Error::invalid("an attention case whose mask does not fit its problem"));
+            }
+        }
+        let (q, k, v) = (self.encode(p.dtype, data.q)?, self.encode(p.kv_dtype, data.k)?, self.encode(p.kv_dtype, data.v)?);
+        let (out, mut lse) = (self.encode(p.dtype, &vec![f32::NAN; data.q.len()])?, vec![f32::NAN; tokens * s.heads]);
+        let cache = CacheRows {
+            k: k.as_ptr(),
+            v: v.as_ptr(),
+            dtype: p.kv_dtype,
+            sequence_stride: s.kv_dim() * data.rows,
+            head_stride: data.rows * s.head_dim,
+            row_stride: s.head_dim,
+        };
+        let a = Attention {
+            spec: s,
+            q: Rows { start: q.as_ptr(), dtype: p.dtype, stride: s.q_dim() },
+            cache,
+            out: Rows { start: out.as_ptr(), dtype: p.dtype, stride: s.q_dim() },
+            lse: Some(lse.as_mut_ptr()),
+            mask: data.mask.map(|m| mask_rows(m, s.heads)),
+            sinks: data.sinks.map(<[f32]>::as_ptr),
+            slopes: data.slopes.map(<[f32]>::as_ptr),
+            new: p.batch.new_tokens(),
+            past: p.batch.past(),
+            first: 0,
+            rows: tokens,
+            query_tile: if decode { 0 } else { 3 * self.kernels.lanes },
+            split,
+            parts: std::ptr::null_mut(),
+            most_parts: split.map_or(1, |s| p.batch.max_len().div_ceil(s)),
+        };
+        // SAFETY: every length was checked above.
+        unsafe { self.attention(&a, &mut Workspace::new()?)? };
+        let mut result = vec![f32::NAN; tokens * s.q_dim()];
+        let from = Rows { start: out.as_ptr(), dtype: p.dtype, stride: result.len() };
+        let to = rows_mut(&mut result, 0);
+        // SAFETY: both are one row of as many elements.
+        unsafe { (self.kernels.convert_row)(from, to, tokens * s.q_dim()) };
+        result.extend(lse);
+        Ok(result)
+    }
+}

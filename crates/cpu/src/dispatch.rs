@@ -1,0 +1,176 @@
+//! THE dispatch table: every kernel, once for every instruction set.
+
+use std::marker::PhantomData;
+
+use lawson_core::{
+    kernel::{KernelInfo, KernelOp},
+    problem::RopeLayout,
+};
+
+use crate::{
+    isa::Isa,
+    kernels::{
+        attention_decode, attention_prefill,
+        attention_prefill::Attention,
+        gemm::{self, Gemm, Heads, PackX},
+        norm,
+        rope,
+        rows::{self, Place, Rows},
+        scores::{self, Strips},
+        softmax, tile,
+    },
+    simd::{Simd, portable::Portable},
+};
+
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident: $t:ty),*) $(-> $ret:ty)? = $body:path;)*) => {
+        /// Entry points of one instruction set. Each is unsafe to call: its body states what of; and the processor has `isa`, which
+        /// [`Kernels::of`] checked.
+        #[derive(Clone, Copy)]
+        pub struct Kernels {
+            /// The instruction set.
+            pub isa: Isa,
+            /// f32 lanes of a vector.
+            pub lanes: usize,
+            /// Rows of the register tile.
+            pub mr: usize,
+            $($(#[$doc])* pub $name: unsafe fn($($t),*) $(-> $ret)?,)*
+            _private: PhantomData<()>,
+        }
+
+        #[allow(unused_unsafe, reason = "some bodies are safe without a token to make")]
+        mod portable {
+            use super::*;
+            $(pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
+                // SAFETY: the caller's.
+                unsafe { $body(Portable, $($arg),*) }
+            })*
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        mod avx2 {
+            use super::*;
+            use crate::simd::avx2::Avx2;
+            $(#[target_feature(enable = "avx2,fma,f16c")]
+            pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
+                // SAFETY: the caller's; the features enabled here are those the token proves.
+                unsafe { $body(Avx2::new_unchecked(), $($arg),*) }
+            })*
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        mod avx512 {
+            use super::*;
+            use crate::simd::avx512::Avx512;
+            $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
+                // SAFETY: the caller's; the features enabled here are those the token proves.
+                unsafe { $body(Avx512::new_unchecked(), $($arg),*) }
+            })*
+        }
+
+        impl Kernels {
+            /// The entry points of `isa`, where this processor has it.
+            pub fn of(isa: Isa) -> Option<Kernels> {
+                if !isa.is_available() {
+                    return None;
+                }
+                Some(match isa {
+                    Isa::Portable => Kernels {
+                        isa, lanes: Portable::LANES, mr: Portable::MR, $($name: portable::$name,)* _private: PhantomData,
+                    },
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => Kernels {
+                        isa,
+                        lanes: crate::simd::avx2::Avx2::LANES,
+                        mr: crate::simd::avx2::Avx2::MR,
+                        $($name: avx2::$name,)*
+                        _private: PhantomData,
+                    },
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 => Kernels {
+                        isa,
+                        lanes: crate::simd::avx512::Avx512::LANES,
+                        mr: crate::simd::avx512::Avx512::MR,
+                        $($name: avx512::$name,)*
+                        _private: PhantomData,
+                    },
+                    #[cfg(not(target_arch = "x86_64"))]
+                    _ => return None,
+                })
+            }
+        }
+    };
+}
+
+kernels! {
+    /// Packs MR rows of x for a GEMM.
+    pack_x(p: &PackX, group: usize) = gemm::pack_x;
+    /// One work item of a GEMM.
+    gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
+    /// Norms, turns and moves one head of one row.
+    move_head(h: &Heads<'_>, from: Rows, row: usize, head: usize, place: Place, scratch: *mut f32) = gemm::move_head;
+    /// RMSNorm of one row.
+    norm_row(from: Rows, to: Rows, row: usize, weight: *const f32, n: usize, eps: f64, scratch: *mut f32) = norm::norm_row;
+    /// to = a + b for one row.
+    add_row(a: Rows, b: Rows, to: Rows, row: usize, n: usize) = norm::add_row;
+    /// One work item of tiled attention.
+    attention_prefill(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_prefill::attention_prefill;
+    /// One work item of decode attention.
+    attention_decode(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_decode::attention_decode;
+    /// Merges the parts of one row.
+    merge_parts(a: &Attention<'_>, row: usize, sequence: usize, scratch: *mut f32) = attention_prefill::merge_parts;
+    /// qᵀ of one strip.
+    transpose_q(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::transpose_q;
+    /// Scores of one strip.
+    scores(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::scores;
+    /// Scale of one strip.
+    scale(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::scale;
+    /// Softcap of one strip.
+    softcap(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::softcap;
+    /// ALiBi bias of one strip.
+    alibi(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::alibi;
+    /// Mask of one strip.
+    mask(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::mask;
+    /// Softmax of one strip.
+    softmax_strip(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::softmax;
+    /// Weighted values of one strip.
+    weighted_values(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::weighted_values;
+    /// [T, H·D] from one strip.
+    transpose_o(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::transpose_o;
+    /// Converts a row between dtypes.
+    convert_row(from: Rows, to: Rows, n: usize) = rows::convert_row;
+    /// Writes each dimension's partner, with the sign that sine takes, of a row of heads.
+    rope_partner(layout: RopeLayout, x: *const f32, to: *mut f32, width: usize) = rope::partner;
+    /// x · cos + partner · sin of one head.
+    rope_combine(layout: RopeLayout, x: *mut f32, partner: *const f32, table: *const f32, width: usize) = rope::combine;
+    /// Turns one head.
+    rope_rotate(layout: RopeLayout, x: *mut f32, table: *const f32, width: usize) = rope::rotate;
+    /// Softmax of one row.
+    softmax_row(x: *const f32, n: usize, out: *mut f32) = softmax::softmax_row;
+    /// Greatest element of a row.
+    row_max(x: *const f32, n: usize) -> f32 = softmax::row_max;
+    /// e^(x − m) of a row, and its sum.
+    row_exp(x: *const f32, n: usize, m: f32, out: *mut f32) -> f32 = softmax::row_exp;
+    /// Sum of a row.
+    row_sum(x: *const f32, n: usize) -> f32 = softmax::row_sum;
+    /// A row times a factor.
+    row_scale(x: *mut f32, n: usize, factor: f32) = softmax::row_scale;
+    /// The peak probe.
+    fma_probe(rounds: usize) -> f32 = tile::fma_probe;
+    /// exp2 and tanh of a row, in place.
+    exp2_row(x: *mut f32, n: usize) = crate::math::exp2_row;
+    /// tanh of a row, in place.
+    tanh_row(x: *mut f32, n: usize) = crate::math::tanh_row;
+}
+
+impl Kernels {
+    /// The rows of the table, as plain data.
+    pub fn infos(&self) -> Vec<KernelInfo> {
+        use KernelOp::{AttentionDecode, AttentionPrefill, Gemm, Norm, Rope, Softmax};
+        let (mr, nr) = (self.mr, 2 * self.lanes);
+        [(Gemm, mr, nr), (Norm, 1, self.lanes), (Rope, 1, self.lanes), (Softmax, 1, self.lanes), (AttentionPrefill, mr, nr), (AttentionDecode, 4, nr)]
+            .map(|(op, tile_rows, tile_columns)| KernelInfo { op, isa: self.isa.name(), tile_rows, tile_columns })
+            .into()
+    }
+}

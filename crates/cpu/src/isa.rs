@@ -1,0 +1,87 @@
+//! Instruction sets: which the processor has and which one is in use.
+
+use std::{fmt, str::FromStr};
+
+use lawson_core::{Error, ErrorKind, Result};
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Plain Rust, on any processor.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set, narrowest first.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The name users write.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Every instruction set this processor has, narrowest first.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|i| i.is_available()).collect()
+    }
+
+    /// The widest one this processor has, or the one that the environment variable `LAWSON_ISA` names.
+    ///
+    /// # Errors
+    /// `InvalidInput` for an unknown name, `Unavailable` for one that this processor lacks.
+    pub fn choose() -> Result<Isa> {
+        match std::env::var("LAWSON_ISA") {
+            Ok(name) if !name.is_empty() => {
+                let isa: Isa = name.parse().map_err(|e: Error| e.at("LAWSON_ISA"))?;
+                if isa.is_available() {
+                    return Ok(isa);
+                }
+                let has: Vec<_> = Isa::available().iter().map(|i| i.name()).collect();
+                Err(Error::new(ErrorKind::Unavailable, format!("LAWSON_ISA: this processor lacks {isa}; it has {}", has.join(", "))))
+            }
+            _ => Ok(Isa::available().pop().unwrap_or(Isa::Portable)),
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let found = Isa::ALL.into_iter().find(|i| i.name() == s);
+        found.ok_or_else(|| Error::invalid(format!("unknown instruction set '{s}'; accepted: portable, avx2, avx512")))
+    }
+}

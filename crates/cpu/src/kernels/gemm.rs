@@ -1,0 +1,321 @@
+//! y = x · Wᵀ with packed weights, the input norm in the prologue, and an epilogue that runs on each tile of results while it is
+//! in second-level cache.
+//!
+//! Operations 2·T·N·E. Bytes: weights once for each group of `row_tile` rows, x once for each column tile. A work item computes
+//! `row_tile` rows of one column tile (whole heads, for q, k and v) into a scratch tile, steps of [`STEP`] at a time so that a weight
+//! panel stays in first-level cache; with 120 rows that is 60 operations a weight byte, far above what memory needs.
+
+use lawson_core::{DType, problem::RopeLayout};
+
+use super::{
+    norm::{inverse_rms, normalize},
+    rope::rotate,
+    rows::{CacheRows, Place, Rows, load_row, load_vector, places, store_row, with_elem},
+    tile::{Tile, column},
+};
+use crate::simd::{Elem, Simd};
+
+/// Steps of k between visits to the scratch tile.
+pub const STEP: usize = 256;
+
+/// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of up to 2·LANES outputs, padded with
+/// zeros to whole vectors; a panel holds its outputs of step 0, then of step 1 and so on.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights {
+    /// First element.
+    pub start: *const u8,
+    /// Type of the elements.
+    pub dtype: DType,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Outputs of a column tile, the last one may have fewer.
+    pub tile_columns: usize,
+}
+
+impl Weights {
+    /// Column tiles.
+    pub fn tiles(&self) -> usize {
+        self.n.div_ceil(self.tile_columns)
+    }
+}
+
+/// Prologue: packs x as [group of MR rows][k][rows of the group].
+#[derive(Clone, Copy)]
+pub struct PackX {
+    /// [T, k].
+    pub x: Rows,
+    /// First token.
+    pub first: usize,
+    /// Tokens.
+    pub rows: usize,
+    /// Columns.
+    pub k: usize,
+    /// Weight `[k]` and eps of the input norm.
+    pub norm: Option<(*const f32, f64)>,
+    /// The packed x.
+    pub packed: *mut f32,
+}
+
+/// Packs one group of MR rows.
+/// # Safety
+/// `p` describes valid memory: x readable, packed writable as [rows, k]; no other item packs this group.
+#[inline(always)]
+pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
+    let first = group * S::MR;
+    let rows = S::MR.min(p.rows - first);
+    let out = p.packed.wrapping_add(first * p.k);
+    let mut scale = [1f32; 16];
+    // SAFETY: rows first .. first + rows exist; lanes holds 16 ≥ LANES for each of at most 16 rows.
+    unsafe {
+        if let Some((_, eps)) = p.norm {
+            for (r, scale) in scale.iter_mut().enumerate().take(rows) {
+                *scale = inverse_rms(s, p.x.dtype, p.x.at(p.first + first + r, 0), p.k, eps);
+            }
+        }
+        let mut lanes = [[0f32; 16]; 16];
+        let mut i = 0;
+        while i < p.k {
+            let n = S::LANES.min(p.k - i);
+            for (r, lanes) in lanes.iter_mut().enumerate().take(rows) {
+                let mut v = load_vector(s, p.x.dtype, p.x.at(p.first + first + r, 0), i, p.k);
+                if let Some((weight, _)) = p.norm {
+                    v = s.mul(s.mul(v, s.splat(scale[r])), s.load_n(weight.add(i), n));
+                }
+                s.store(lanes.as_mut_ptr(), v);
+            }
+            for j in 0..n {
+                let to = out.add((i + j) * rows);
+                for (r, lanes) in lanes.iter().enumerate().take(rows) {
+                    to.add(r).write(lanes[j]);
+                }
+            }
+            i += S::LANES;
+        }
+    }
+}
+
+/// Where q, k and v of the new tokens go, and what happens on the way.
+#[derive(Clone, Copy)]
+pub struct Heads<'a> {
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// Where the results go.
+    pub to: HeadsTo,
+    /// Weight `[D]` and eps of the QK-norm.
+    pub norm: Option<(*const f32, f64)>,
+    /// Rotary embedding.
+    pub rope: Option<RopeRows>,
+    /// New tokens of each sequence.
+    pub new: &'a [usize],
+    /// Past rows of each sequence.
+    pub past: &'a [usize],
+}
+
+/// Where heads go.
+#[derive(Clone, Copy)]
+pub enum HeadsTo {
+    /// Rows of a buffer [rows of the block, heads · D].
+    Rows(Rows),
+    /// The keys of the cache.
+    CacheK(CacheRows),
+    /// The values of the cache.
+    CacheV(CacheRows),
+}
+
+/// Rows of the table that `kernels::rope` describes.
+#[derive(Clone, Copy)]
+pub struct RopeRows {
+    /// The table's row of the first token of the row block.
+    pub table: *const f32,
+    /// f32 of one half of a row.
+    pub width: usize,
+    /// Which dimensions turn together.
+    pub layout: RopeLayout,
+}
+
+/// What happens to a finished tile.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// Rows of a tensor, plus the residual.
+    Store {
+        /// [T, n].
+        to: Rows,
+        /// Added.
+        residual: Option<Rows>,
+    },
+    /// QK-norm, RoPE and append.
+    Heads(Heads<'a>),
+}
+
+/// One projection of a GEMM step.
+#[derive(Clone, Copy)]
+pub struct Segment<'a> {
+    /// Packed weights.
+    pub weights: Weights,
+    /// `[n]`.
+    pub bias: Option<*const f32>,
+    /// What happens to a finished tile.
+    pub epilogue: Epilogue<'a>,
+}
+
+/// A GEMM step over a block of rows.
+#[derive(Clone, Copy)]
+pub struct Gemm<'a> {
+    /// x as [`pack_x`] leaves it.
+    pub packed: *const f32,
+    /// First token.
+    pub first: usize,
+    /// Tokens.
+    pub rows: usize,
+    /// Rows of a work item, a multiple of MR.
+    pub row_tile: usize,
+    /// Projections that share x.
+    pub segments: &'a [Segment<'a>],
+}
+
+impl Gemm<'_> {
+    /// Work items.
+    pub fn items(&self) -> usize {
+        self.rows.div_ceil(self.row_tile) * self.segments.iter().map(|s| s.weights.tiles()).sum::<usize>()
+    }
+}
+
+/// f32 of scratch for a GEMM of these shapes.
+pub const fn scratch_len(row_tile: usize, tile_columns: usize, lanes: usize) -> usize {
+    row_tile * tile_columns.next_multiple_of(lanes)
+}
+
+/// Computes one work item.
+/// # Safety
+/// `g` describes valid memory; `scratch` is writable as [`scratch_len`] f32; no other item with this index runs.
+#[inline(always)]
+pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) {
+    let groups = g.rows.div_ceil(g.row_tile);
+    let (mut tile, group) = (item / groups, item % groups);
+    let mut segment = &g.segments[0];
+    for candidate in g.segments {
+        segment = candidate;
+        if tile < candidate.weights.tiles() {
+            break;
+        }
+        tile -= candidate.weights.tiles();
+    }
+    let w = segment.weights;
+    let row0 = group * g.row_tile;
+    let rows = g.row_tile.min(g.rows - row0);
+    let column0 = tile * w.tile_columns;
+    let columns = w.tile_columns.min(w.n - column0);
+    let padded = columns.next_multiple_of(S::LANES);
+    // SAFETY: the caller's; offsets follow the packed layout.
+    unsafe {
+        with_elem!(w.dtype, T => {
+            let start = w.start.cast::<T>().add(tile * w.tile_columns.next_multiple_of(S::LANES) * w.k);
+            product::<S, T>(s, g.packed.add(row0 * w.k), rows, w.k, start, padded, scratch)
+        });
+        if let Some(bias) = segment.bias {
+            for r in 0..rows {
+                let c = scratch.add(r * padded);
+                let mut i = 0;
+                while i < columns {
+                    let n = S::LANES.min(columns - i);
+                    s.store(c.add(i), s.add(s.load(c.add(i)), s.load_n(bias.add(column0 + i), n)));
+                    i += S::LANES;
+                }
+            }
+        }
+        match segment.epilogue {
+            Epilogue::Store { to, residual } => {
+                for r in 0..rows {
+                    let (c, t) = (scratch.add(r * padded), g.first + row0 + r);
+                    if let Some(x) = residual {
+                        let row = x.at(t, column0);
+                        let mut i = 0;
+                        while i < columns {
+                            s.store(c.add(i), s.add(s.load(c.add(i)), load_vector(s, x.dtype, row, i, columns)));
+                            i += S::LANES;
+                        }
+                    }
+                    store_row(s, to.dtype, c, to.at(t, column0), columns);
+                }
+            }
+            Epilogue::Heads(h) => {
+                for (r, place) in places(h.new, h.past, g.first + row0, g.first + row0 + rows).enumerate() {
+                    for i in 0..columns / h.head_dim {
+                        let c = scratch.add(r * padded + i * h.head_dim);
+                        let head = column0 / h.head_dim + i;
+                        finish_head(s, &h, c, head, row0 + r, place);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// C[rows, padded] = packed x · one column tile.
+#[inline(always)]
+unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, w: *const T, padded: usize, c: *mut f32) {
+    let mut k0 = 0;
+    while k0 < k {
+        let steps = STEP.min(k - k0);
+        let mut column0 = 0;
+        while column0 < padded {
+            let width = (2 * S::LANES).min(padded - column0);
+            let b = w.wrapping_add(column0 * k + k0 * width);
+            let mut r = 0;
+            while r < rows {
+                let n = S::MR.min(rows - r);
+                let t = Tile {
+                    k: steps,
+                    a: x.wrapping_add(r * k + k0 * n),
+                    a_stride: n,
+                    b,
+                    b_stride: width,
+                    c: c.wrapping_add(r * padded + column0),
+                    c_stride: padded,
+                    accumulate: k0 > 0,
+                };
+                // SAFETY: the packed layouts: n rows of x side by side, `width` columns of the panel side by side.
+                unsafe { column::<S, T, true>(s, n, width / S::LANES, t) };
+                r += n;
+            }
+            column0 += width;
+        }
+        k0 += steps;
+    }
+}
+
+/// QK-norm, RoPE and the store of one head of one token.
+/// # Safety
+/// As [`gemm`]; `c` holds the head.
+#[inline(always)]
+pub unsafe fn finish_head<S: Simd>(s: S, h: &Heads<'_>, c: *mut f32, head: usize, row: usize, place: Place) {
+    // SAFETY: the caller's.
+    unsafe {
+        if let Some((weight, eps)) = h.norm {
+            normalize(s, c, weight, h.head_dim, eps);
+        }
+        if let Some(rope) = h.rope {
+            rotate(s, rope.layout, c, rope.table.add(row * 2 * rope.width), rope.width);
+        }
+        let (to, dtype) = match h.to {
+            HeadsTo::Rows(to) => (to.at(row, head * h.head_dim), to.dtype),
+            HeadsTo::CacheK(cache) => (cache.k_row(place.sequence, head, place.position), cache.dtype),
+            HeadsTo::CacheV(cache) => (cache.v_row(place.sequence, head, place.position), cache.dtype),
+        };
+        store_row(s, dtype, c, to, h.head_dim);
+    }
+}
+
+/// Norms, turns and moves one head of the rows `from` without a GEMM: the passes of the less fused levels.
+/// # Safety
+/// As [`gemm`]; `scratch` is writable as D f32. `from` and the destination are the same rows or do not overlap.
+#[inline(always)]
+pub unsafe fn move_head<S: Simd>(s: S, h: &Heads<'_>, from: Rows, row: usize, head: usize, place: Place, scratch: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe {
+        load_row(s, from.dtype, from.at(row, head * h.head_dim), scratch, h.head_dim);
+        finish_head(s, h, scratch, head, row, place);
+    }
+}

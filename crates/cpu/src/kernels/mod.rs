@@ -1,0 +1,13 @@
+//! Bodies of the kernels, written once over [`crate::simd::Simd`]; `dispatch` instantiates them.
+//!
+//! Each computes one work item, so that the parallel loop around it needs no target features.
+
+pub mod attention_decode;
+pub mod attention_prefill;
+pub mod gemm;
+pub mod norm;
+pub mod rope;
+pub mod rows;
+pub mod scores;
+pub mod softmax;
+pub mod tile;

@@ -1,0 +1,111 @@
+//! What this machine is and what it can do: identity from the system, rates by measurement.
+
+use std::{fs, hint::black_box, time::Instant};
+
+use lawson_core::{Result, kernel::MachineProfile};
+
+use crate::{arena::AlignedBytes, dispatch::Kernels, pack::SendPtr, threads::Threads};
+
+/// The processor's own name, or its architecture.
+pub fn processor_name() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, n)| n.trim().to_string())
+}
+
+/// Instruction-set features that bear on kernels here and to come, as the system names them.
+pub fn features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! detect {
+            ($($name:tt),*) => { $(if is_x86_feature_detected!($name) { found.push($name); })* };
+        }
+        detect!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx512vnni", "avxvnni", "avx512fp16");
+    }
+    found.shrink_to_fit();
+    found
+}
+
+/// Bytes of the data or unified cache of `level` that a core uses, where the system tells.
+pub fn cache_bytes(level: usize) -> Option<usize> {
+    (0..8).find_map(|i| {
+        let read = |what: &str| fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{i}/{what}")).ok();
+        let (kind, at) = (read("type")?, read("level")?);
+        if kind.trim() == "Instruction" || at.trim() != level.to_string() {
+            return None;
+        }
+        let size = read("size")?;
+        let digits = size.trim().trim_end_matches(['K', 'M']);
+        let unit = if size.trim().ends_with('M') { 1 << 20 } else { 1 << 10 };
+        digits.parse::<usize>().ok().map(|n| n * unit)
+    })
+}
+
+/// Bytes of main memory, where the system tells.
+pub fn memory_bytes() -> Option<usize> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    line.trim().trim_end_matches(" kB").trim().parse::<usize>().ok().map(|k| k * 1024)
+}
+
+/// What is known without measuring; the rates are priors.
+pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
+    /// Two FMA ports at 2.5 GHz.
+    const FLOPS_PER_LANE: f64 = 2.0 * 2.0 * 2.5e9;
+    MachineProfile {
+        name: processor_name(),
+        isa: kernels.isa.name().into(),
+        threads,
+        l1_bytes: cache_bytes(1).unwrap_or(32 << 10),
+        l2_bytes: cache_bytes(2).unwrap_or(1 << 20),
+        peak_flops: FLOPS_PER_LANE * kernels.lanes as f64 * threads as f64,
+        bandwidth: 12e9 * threads as f64,
+        launch_seconds: 5e-6,
+    }
+}
+
+/// f32 FMA operations per second of all threads: the best of several runs of some 20 ms.
+pub fn measure_peak(kernels: &Kernels, threads: &Threads) -> f64 {
+    let items = threads.count() * 8;
+    let once = |rounds: usize| {
+        let start = Instant::now();
+        threads.run(items, &|_, _| {
+            // SAFETY: the probe touches no memory.
+            black_box(unsafe { (kernels.fma_probe)(rounds) });
+        });
+        start.elapsed().as_secs_f64()
+    };
+    let mut rounds = 1000;
+    while once(rounds) < 0.01 {
+        rounds *= 2;
+    }
+    let steps = (rounds * 64 / 12 + 1) * 12;
+    let operations = (items * steps * 2 * kernels.lanes) as f64;
+    (0..9).map(|_| operations / once(rounds)).fold(0.0, f64::max)
+}
+
+/// Bytes per second read by all threads from memory, four times the last-level cache or 1 GiB at most: the best of several runs.
+///
+/// # Errors
+/// `OutOfMemory`.
+pub fn measure_bandwidth(kernels: &Kernels, threads: &Threads) -> Result<f64> {
+    const CHUNK: usize = 1 << 18;
+    let bytes = (4 * cache_bytes(3).unwrap_or(64 << 20)).clamp(128 << 20, 1 << 30);
+    let memory = AlignedBytes::new(bytes)?;
+    let start = SendPtr(memory.as_ptr().cast::<f32>());
+    let chunks = bytes / 4 / CHUNK;
+    threads.run(chunks, &|_, i| {
+        // SAFETY: each item writes its own chunk.
+        unsafe { std::slice::from_raw_parts_mut(start.get().add(i * CHUNK), CHUNK) }.fill(1.0);
+    });
+    let once = || {
+        let begin = Instant::now();
+        threads.run(chunks, &|_, i| {
+            // SAFETY: the chunk lies within the allocation and is only read.
+            black_box(unsafe { (kernels.row_sum)(start.get().add(i * CHUNK), CHUNK) });
+        });
+        begin.elapsed().as_secs_f64()
+    };
+    Ok((0..5).map(|_| (chunks * CHUNK * 4) as f64 / once()).fold(0.0, f64::max))
+}

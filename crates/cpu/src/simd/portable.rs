@@ -1,0 +1,132 @@
+//! Vectors as arrays, for any processor.
+
+use half::{bf16, f16};
+
+use super::Simd;
+
+/// The portable token.
+#[derive(Clone, Copy, Debug)]
+pub struct Portable;
+
+const N: usize = 4;
+type V = [f32; N];
+
+#[inline(always)]
+fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Portable {
+    const LANES: usize = N;
+    const MR: usize = 6;
+    type F = V;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> V {
+        [v; N]
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> V {
+        // SAFETY: the caller's; arrays of f32 have no padding and the read is unaligned.
+        unsafe { p.cast::<V>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_n(self, p: *const f32, n: usize) -> V {
+        // SAFETY: only i < n is read.
+        std::array::from_fn(|i| if i < n { unsafe { p.add(i).read() } } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: V) {
+        // SAFETY: the caller's.
+        unsafe { p.cast::<V>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn store_n(self, p: *mut f32, v: V, n: usize) {
+        for (i, x) in v.into_iter().enumerate().take(n) {
+            // SAFETY: i < n.
+            unsafe { p.add(i).write(x) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> V {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { p.add(i).read() }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> V {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { p.add(i).read() }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: V) {
+        for (i, x) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { p.add(i).write(bf16::from_f32(x)) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, v: V) {
+        for (i, x) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { p.add(i).write(f16::from_f32(x)) };
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: V, b: V, c: V) -> V {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn max(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: V, b: V) -> V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn round(self, v: V) -> V {
+        // Adding 1.5·2²³ leaves no fraction bits, so the sum is rounded to an integer.
+        const MAGIC: f32 = 12_582_912.0;
+        v.map(|x| (x + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    fn pow2(self, n: V) -> V {
+        n.map(|x| f32::from_bits(((x as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: V, b: V, yes: V, no: V) -> V {
+        std::array::from_fn(|i| if a[i] < b[i] { yes[i] } else { no[i] })
+    }
+    #[inline(always)]
+    fn copysign(self, v: V, sign: V) -> V {
+        zip(v, sign, f32::copysign)
+    }
+    #[inline(always)]
+    fn swap_pairs(self, v: V) -> V {
+        [v[1], v[0], v[3], v[2]]
+    }
+    #[inline(always)]
+    fn sum(self, v: V) -> f32 {
+        (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
+    fn max_lane(self, v: V) -> f32 {
+        v[0].max(v[1]).max(v[2].max(v[3]))
+    }
+}

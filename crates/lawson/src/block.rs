@@ -1,0 +1,366 @@
+//! The attention block.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use lawson_core::{
+    DType, Error, Result, TensorMut, TensorRef,
+    plan::BlockPlan,
+    problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape, RopeFrequencies},
+};
+use lawson_cpu::{
+    executor::{self, Operands, PackedBlock},
+    kernels::{attention_prefill::MaskRows, rows::Rows},
+    pack::{PackedMatrix, tile_columns},
+};
+
+use crate::{
+    BlockWeights, Checkpoint, Context,
+    context::{Call, lock},
+    kv_cache::{Batch, LayerCache},
+    tensor::Tensor,
+};
+
+/// An arbitrary mask, [B or 1, H or 1, S, at least the longest past + S], row-major; nonzero is visible. Column j is cache row j.
+#[derive(Clone, Copy, Debug)]
+pub struct MaskRef<'a> {
+    data: &'a [u8],
+    shape: [usize; 4],
+}
+
+impl<'a> MaskRef<'a> {
+    /// A mask over `data` of `shape`.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the shape does not have as many elements as `data`.
+    pub fn new(data: &'a [u8], shape: [usize; 4]) -> Result<Self> {
+        let len = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        if len != Some(data.len()) {
+            return Err(Error::invalid(format!("a mask of shape {shape:?} does not have {} elements", data.len())));
+        }
+        Ok(MaskRef { data, shape })
+    }
+
+    /// Which dimensions are not broadcast, after checking the mask against B, H, S and the columns needed.
+    pub(crate) fn check(&self, sequences: usize, heads: usize, new: usize, columns: usize) -> Result<MaskShape> {
+        let [b, h, s, l] = self.shape;
+        if !(b == 1 || b == sequences) || !(h == 1 || h == heads) || s != new || l < columns {
+            return Err(Error::invalid(format!(
+                "mask has shape {:?}, needed [{sequences} or 1, {heads} or 1, {new}, at least {columns}]",
+                self.shape
+            )));
+        }
+        Ok(MaskShape { per_sequence: b != 1, per_head: h != 1 })
+    }
+
+    pub(crate) fn rows(&self) -> MaskRows {
+        let [b, h, s, l] = self.shape;
+        MaskRows {
+            start: self.data.as_ptr(),
+            sequence_stride: if b == 1 { 0 } else { h * s * l },
+            head_stride: if h == 1 { 0 } else { s * l },
+            row_stride: l,
+        }
+    }
+}
+
+/// What one call of a block takes. T is the number of new tokens of all sequences.
+pub struct Args<'a> {
+    /// Input, `[T, E]` or, for equal lengths, `[B, S, E]`; in the block's dtype.
+    pub x: TensorRef<'a>,
+    /// New tokens of each sequence.
+    pub batch: &'a Batch,
+    /// An arbitrary mask, combined with the block's own masking.
+    pub mask: Option<MaskRef<'a>>,
+    /// Where keys and values are appended.
+    pub cache: LayerCache<'a>,
+    /// Output, of x's shape and dtype.
+    pub y: TensorMut<'a>,
+}
+
+/// Makes an [`AttentionBlock`].
+#[derive(Clone, Debug)]
+pub struct AttentionBlockBuilder<'a> {
+    spec: BlockSpec,
+    weights: BlockWeights<'a>,
+    dtype: Option<DType>,
+    level: Option<Level>,
+}
+
+impl AttentionBlockBuilder<'_> {
+    /// Compute dtype: of packed weights, x, y and the buffers between steps; that of `q_weight` otherwise. Sums are f32 always.
+    pub fn dtype(mut self, dtype: DType) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// Level of fusion; the planner's choice otherwise.
+    pub fn level(mut self, level: Level) -> Self {
+        self.level = Some(level);
+        self
+    }
+
+    /// Packs the weights for `context`.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the specification is not valid or a tensor does not fit it, naming the tensor; `OutOfMemory`.
+    pub fn build(self, context: &Context) -> Result<AttentionBlock> {
+        self.spec.validate()?;
+        self.weights.check(&self.spec)?;
+        let w = &self.weights;
+        let dtype = self.dtype.unwrap_or(w.q_weight.dtype());
+        let (a, lanes) = (&self.spec.attention, context.0.cpu.kernels.lanes);
+        let pack = |name: &str, t: &TensorRef<'_>, columns: usize| {
+            PackedMatrix::new(t, dtype, columns, lanes, &context.0.cpu.threads).map_err(|e| e.at(name))
+        };
+        let heads = |n: usize| tile_columns(a.head_dim, n, lanes);
+        let values = |t: &Option<TensorRef<'_>>| t.as_ref().map(TensorRef::to_f32);
+        let packed = PackedBlock {
+            q: pack("q_proj.weight", &w.q_weight, heads(a.q_dim()))?,
+            k: pack("k_proj.weight", &w.k_weight, heads(a.kv_dim()))?,
+            v: pack("v_proj.weight", &w.v_weight, heads(a.kv_dim()))?,
+            o: pack("o_proj.weight", &w.o_weight, tile_columns(1, self.spec.hidden_size, lanes))?,
+            q_bias: values(&w.q_bias),
+            k_bias: values(&w.k_bias),
+            v_bias: values(&w.v_bias),
+            o_bias: values(&w.o_bias),
+            input_norm: values(&w.input_norm),
+            q_norm: values(&w.q_norm),
+            k_norm: values(&w.k_norm),
+            sinks: values(&w.sinks),
+            alibi_slopes: values(&w.alibi_slopes),
+        };
+        let inner = Inner { context: context.clone(), spec: self.spec, dtype, packed, frequencies: Mutex::new(None) };
+        Ok(AttentionBlock { inner: Arc::new(inner), level: self.level })
+    }
+}
+
+struct Inner {
+    context: Context,
+    spec: BlockSpec,
+    dtype: DType,
+    packed: PackedBlock,
+    /// RoPE frequencies and the length they were computed for.
+    frequencies: Mutex<Option<(usize, Arc<RopeFrequencies>)>>,
+}
+
+/// An attention block with packed weights: norm, QKV projection, RoPE, cache append, attention, output projection.
+///
+/// Cheap to clone; `Send` and `Sync`. It owns no workspace: that is its context's.
+///
+/// ```
+/// use lawson::{Args, AttentionBlock, Batch, BlockWeights, Context, KvCache, TensorMut, TensorRef};
+/// use lawson::{AttentionSpec, BlockSpec, DType, RopeSpec};
+///
+/// // E = 64, four query heads over two key/value heads of 16 dimensions, causal, with RoPE.
+/// let (e, h, g, d) = (64, 4, 2, 16);
+/// let spec = BlockSpec { rope: Some(RopeSpec::new(10000.0)), ..BlockSpec::new(e, AttentionSpec::new(h, g, d)) };
+/// let (q, k, v, o) = (vec![0.01; h * d * e], vec![0.02; g * d * e], vec![0.03; g * d * e], vec![0.04; e * h * d]);
+/// let weights = BlockWeights::new(
+///     TensorRef::new(&q, &[h * d, e])?,
+///     TensorRef::new(&k, &[g * d, e])?,
+///     TensorRef::new(&v, &[g * d, e])?,
+///     TensorRef::new(&o, &[e, h * d])?,
+/// );
+/// let context = Context::cpu()?;
+/// let block = AttentionBlock::builder(spec, weights).build(&context)?;
+///
+/// // One sequence of five new tokens.
+/// let mut cache = KvCache::new(&context, &block.spec().attention, 1, 1, 128, DType::F32)?;
+/// let batch = Batch::uniform(1, 5)?;
+/// let (x, mut y) = (vec![1.0f32; 5 * e], vec![0.0f32; 5 * e]);
+/// block.forward(Args {
+///     x: TensorRef::new(&x, &[5, e])?,
+///     batch: &batch,
+///     mask: None,
+///     cache: cache.layer(0),
+///     y: TensorMut::new(&mut y, &[5, e])?,
+/// })?;
+/// cache.commit(&batch)?;
+/// assert_eq!(cache.lengths(), [5]);
+/// # Ok::<(), lawson::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct AttentionBlock {
+    inner: Arc<Inner>,
+    level: Option<Level>,
+}
+
+impl AttentionBlock {
+    /// A block of `spec` with `weights`, to be built.
+    pub fn builder(spec: BlockSpec, weights: BlockWeights<'_>) -> AttentionBlockBuilder<'_> {
+        AttentionBlockBuilder { spec, weights, dtype: None, level: None }
+    }
+
+    /// The self-attention of a checkpoint's layer, `with_norm` with its input norm and residual, in the dtype it is stored in.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the layer does not exist or is not expressible, `OutOfMemory`.
+    pub fn from_checkpoint(context: &Context, checkpoint: &Checkpoint, layer: usize, with_norm: bool) -> Result<Self> {
+        let weights = checkpoint.weights(layer, with_norm)?;
+        Self::builder(checkpoint.block_spec(layer, with_norm)?, weights.as_ref()).build(context)
+    }
+
+    /// The same block, sharing its weights, at `level` of fusion; the planner's choice when `None`.
+    pub fn at(&self, level: Option<Level>) -> Self {
+        AttentionBlock { inner: Arc::clone(&self.inner), level }
+    }
+
+    /// Everything about the block but its numbers.
+    pub fn spec(&self) -> &BlockSpec {
+        &self.inner.spec
+    }
+    /// Compute dtype.
+    pub fn dtype(&self) -> DType {
+        self.inner.dtype
+    }
+    /// The context it was built for.
+    pub fn context(&self) -> &Context {
+        &self.inner.context
+    }
+    /// Bytes of packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.inner.packed.bytes()
+    }
+
+    /// The plan of a call with `new[b]` new tokens behind `past[b]` rows of sequence b.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the lengths do not fit each other or are too large.
+    pub fn plan(&self, new: &[usize], past: &[usize], mask: Option<MaskShape>, kv_dtype: DType) -> Result<Arc<BlockPlan>> {
+        let batch = Lengths::ragged(new.to_vec(), past.to_vec())?;
+        let problem = BlockProblem { spec: self.inner.spec.clone(), batch, mask, dtype: self.inner.dtype, kv_dtype };
+        self.inner.context.plan(&problem, self.level)
+    }
+
+    /// Computes y and writes the new rows of k and v behind the cache's valid rows, which [`crate::KvCache::commit`] then makes valid.
+    /// Allocates nothing once a call of the same shape has run.
+    ///
+    /// # Errors
+    /// `InvalidInput` when a shape or dtype does not fit, or the cache has no room: nothing is written then. `OutOfMemory`.
+    pub fn forward(&self, args: Args<'_>) -> Result<()> {
+        self.run(args, &mut |_, _| {}).map(drop)
+    }
+
+    /// As [`AttentionBlock::forward`], with a new tensor for y.
+    ///
+    /// # Errors
+    /// As [`AttentionBlock::forward`].
+    pub fn forward_alloc(
+        &self,
+        x: TensorRef<'_>,
+        batch: &Batch,
+        mask: Option<MaskRef<'_>>,
+        cache: LayerCache<'_>,
+    ) -> Result<Tensor> {
+        let mut y = Tensor::zeros(self.inner.dtype, x.shape())?;
+        self.forward(Args { x, batch, mask, cache, y: y.as_mut() })?;
+        Ok(y)
+    }
+
+    /// As [`AttentionBlock::forward`]; returns the plan that ran and the seconds of each of its steps, in the plan's order.
+    ///
+    /// # Errors
+    /// As [`AttentionBlock::forward`].
+    pub fn forward_timed(&self, args: Args<'_>) -> Result<(Arc<BlockPlan>, Vec<f64>)> {
+        let mut laps: Vec<(usize, usize, f64)> = Vec::new();
+        let mut last = Instant::now();
+        let plan = self.run(args, &mut |stage, step| {
+            let now = Instant::now();
+            laps.push((stage, step, (now - last).as_secs_f64()));
+            last = now;
+        })?;
+        let mut seconds = Vec::new();
+        for (i, stage) in plan.stages.iter().enumerate() {
+            for j in 0..stage.steps.len() {
+                seconds.push(laps.iter().filter(|l| (l.0, l.1) == (i, j)).map(|l| l.2).sum());
+            }
+        }
+        Ok((plan, seconds))
+    }
+
+    fn run(&self, mut args: Args<'_>, monitor: &mut dyn FnMut(usize, usize)) -> Result<Arc<BlockPlan>> {
+        let (inner, spec) = (&*self.inner, &self.inner.spec);
+        let (new, cache) = (args.batch.new_tokens(), args.cache.cache());
+        check_tensor("x", &args.x, args.batch, spec.hidden_size, inner.dtype)?;
+        check_tensor("y", &args.y.as_ref(), args.batch, spec.hidden_size, inner.dtype)?;
+        let a = &spec.attention;
+        if (cache.kv_heads(), cache.head_dim()) != (a.kv_heads, a.head_dim) {
+            return Err(Error::invalid(format!(
+                "the cache has {} heads of {} dimensions, the block has {} of {}",
+                cache.kv_heads(),
+                cache.head_dim(),
+                a.kv_heads,
+                a.head_dim
+            )));
+        }
+        cache.check(args.batch)?;
+        let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
+        let mask = args.mask.map(|m| m.check(new.len(), a.heads, new.iter().copied().max().unwrap_or(0), longest)).transpose()?;
+        let call = Call { spec, new, past: cache.lengths(), mask, dtype: inner.dtype, kv_dtype: cache.dtype() };
+        let plan = inner.context.plan_call(&call, self.level)?;
+        let frequencies = inner.frequencies(longest);
+        let stride = spec.hidden_size;
+        let x = Rows { start: args.x.storage().as_ptr().cast_mut(), dtype: inner.dtype, stride };
+        let y = Rows { start: args.y.storage_mut().as_mut_ptr(), dtype: inner.dtype, stride };
+        let cpu = &inner.context.0.cpu;
+        let mut workspace = inner.context.workspace();
+        let rows = args.cache.rows();
+        let operands = Operands {
+            weights: &inner.packed,
+            x,
+            y,
+            new,
+            past: args.cache.cache().lengths(),
+            cache: rows,
+            mask: args.mask.map(|m| m.rows()),
+            frequencies: frequencies.as_deref(),
+        };
+        // SAFETY: every shape and dtype was checked above; y and the cache are borrowed mutably, the workspace is locked.
+        unsafe { executor::run(&cpu.kernels, &cpu.threads, &plan, &operands, &mut workspace, monitor)? };
+        Ok(plan)
+    }
+}
+
+impl Inner {
+    /// RoPE frequencies of a call whose longest sequence has `longest` rows after the append.
+    fn frequencies(&self, longest: usize) -> Option<Arc<RopeFrequencies>> {
+        let rope = self.spec.rope.as_ref()?;
+        let key = if rope.depends_on_length() { longest } else { 0 };
+        let mut kept = lock(&self.frequencies);
+        match &*kept {
+            Some((length, f)) if *length == key => Some(Arc::clone(f)),
+            _ => {
+                let f = Arc::new(rope.frequencies(self.spec.attention.head_dim, longest));
+                *kept = Some((key, Arc::clone(&f)));
+                Some(f)
+            }
+        }
+    }
+}
+
+fn check_tensor(name: &str, t: &TensorRef<'_>, batch: &Batch, width: usize, dtype: DType) -> Result<()> {
+    let new = batch.new_tokens();
+    let fits = match *t.shape() {
+        [rows, e] => rows == batch.tokens() && e == width,
+        [b, s, e] => b == new.len() && new.iter().all(|&n| n == s) && e == width,
+        _ => false,
+    };
+    if !fits {
+        return Err(Error::invalid(format!(
+            "{name} has shape {:?}, needed [{}, {width}] or, for equal lengths, [{}, S, {width}]",
+            t.shape(),
+            batch.tokens(),
+            new.len()
+        )));
+    }
+    if t.dtype() != dtype {
+        return Err(Error::invalid(format!("{name} is {}, the block computes in {dtype}", t.dtype())));
+    }
+    if !t.is_contiguous() {
+        return Err(Error::invalid(format!("{name} must be contiguous, got strides {:?}", t.strides())));
+    }
+    Ok(())
+}

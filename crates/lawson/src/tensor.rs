@@ -1,0 +1,84 @@
+//! Owned tensors.
+
+use half::{bf16, f16};
+use lawson_core::{DType, Error, Result, TensorMut, TensorRef};
+
+#[derive(Clone, Debug)]
+enum Data {
+    F32(Vec<f32>),
+    BF16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+/// A contiguous tensor on the host.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    data: Data,
+    shape: Vec<usize>,
+}
+
+impl Tensor {
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the shape has more than four dimensions or overflows.
+    pub fn zeros(dtype: DType, shape: &[usize]) -> Result<Self> {
+        let len = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= isize::MAX as usize / 4);
+        let Some(len) = len.filter(|_| shape.len() <= 4) else {
+            return Err(Error::invalid(format!("a tensor of shape {shape:?} cannot be made")));
+        };
+        let data = match dtype {
+            DType::BF16 => Data::BF16(vec![bf16::ZERO; len]),
+            DType::F16 => Data::F16(vec![f16::ZERO; len]),
+            _ => Data::F32(vec![0.0; len]),
+        };
+        Ok(Tensor { data, shape: shape.to_vec() })
+    }
+
+    /// `values`, row-major, rounded to nearest even in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Tensor::zeros`], and when the shape does not have as many elements as `values`.
+    pub fn from_f32(values: &[f32], dtype: DType, shape: &[usize]) -> Result<Self> {
+        let mut t = Self::zeros(dtype, shape)?;
+        if values.len() != t.as_ref().storage().len() {
+            return Err(Error::invalid(format!("shape {shape:?} does not have {} elements", values.len())));
+        }
+        match &mut t.data {
+            Data::F32(d) => d.copy_from_slice(values),
+            Data::BF16(d) => d.iter_mut().zip(values).for_each(|(d, &v)| *d = bf16::from_f32(v)),
+            Data::F16(d) => d.iter_mut().zip(values).for_each(|(d, &v)| *d = f16::from_f32(v)),
+        }
+        Ok(t)
+    }
+
+    /// Length of every dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Borrowed for reading.
+    pub fn as_ref(&self) -> TensorRef<'_> {
+        let view = match &self.data {
+            Data::F32(d) => TensorRef::new(d, &self.shape),
+            Data::BF16(d) => TensorRef::new(d, &self.shape),
+            Data::F16(d) => TensorRef::new(d, &self.shape),
+        };
+        view.expect("the data has the shape it was made with")
+    }
+
+    /// Borrowed for writing.
+    pub fn as_mut(&mut self) -> TensorMut<'_> {
+        let view = match &mut self.data {
+            Data::F32(d) => TensorMut::new(d, &self.shape),
+            Data::BF16(d) => TensorMut::new(d, &self.shape),
+            Data::F16(d) => TensorMut::new(d, &self.shape),
+        };
+        view.expect("the data has the shape it was made with")
+    }
+
+    /// All elements as f32, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        self.as_ref().to_f32()
+    }
+}
