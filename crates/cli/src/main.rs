@@ -1,1 +1,109 @@
-fn main() {}
+//! The `lawson` command: benchmarks, runs, explains and checks attention blocks.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod check;
+mod devices;
+mod explain;
+mod output;
+mod report;
+mod run;
+mod signals;
+
+use std::{process::ExitCode, sync::OnceLock};
+
+use args::Global;
+use clap::{Parser, Subcommand, error::ErrorKind as Usage};
+use lawson::{Error, ErrorKind, Isa, Result};
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_USAGE: u8 = 2;
+
+const AFTER_HELP: &str = "\
+Examples:
+  lawson bench
+  lawson run --problem 'block b=1 s=128 e=512 h=8/2 d=64 causal rope=half f32' --write case
+  lawson run --block case/block.json --tensors case/in.safetensors --out out.safetensors
+  lawson explain 'block b=1 s=2048 e=4096 h=32/8 d=128 causal rope=half bf16'
+
+Exit codes: 0 done; 1 the machine or a verification failed; 2 bad usage or bad input; 130 interrupted.
+The environment variable LAWSON_ISA forces an instruction set: portable, avx2 or avx512.";
+
+/// Computes, measures and explains the attention block of transformers at four levels of fusion.
+#[derive(Parser)]
+#[command(name = "lawson", version = version(), arg_required_else_help = true, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Bench(bench::BenchArgs),
+    Run(Box<run::RunArgs>),
+    Explain(explain::ExplainArgs),
+    Devices(devices::DevicesArgs),
+    Check(check::CheckArgs),
+    /// What `bench` runs in a child process
+    #[command(name = bench::peak::COMMAND, hide = true)]
+    MeasurePeak(bench::peak::MeasureArgs),
+}
+
+/// Version, commit and the instruction set in use.
+fn version() -> &'static str {
+    static VERSION: OnceLock<String> = OnceLock::new();
+    VERSION.get_or_init(|| {
+        let isa = Isa::choose().map_or_else(|e| e.to_string(), |isa| isa.to_string());
+        format!("{} (commit {}, {isa})", env!("CARGO_PKG_VERSION"), env!("LAWSON_COMMIT"))
+    })
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    execute(&cli).unwrap_or_else(|e| failed(&e))
+}
+
+fn execute(cli: &Cli) -> Result<ExitCode> {
+    Isa::choose()?;
+    signals::listen()?;
+    let global = &cli.global;
+    match &cli.command {
+        Command::Bench(args) => bench::execute(args, global),
+        Command::Run(args) => run::execute(args, global),
+        Command::Explain(args) => explain::execute(args, global),
+        Command::Devices(args) => devices::execute(args, global),
+        Command::Check(args) => check::execute(args, global),
+        Command::MeasurePeak(args) => bench::peak::execute(args, global),
+    }
+}
+
+/// Prints help and version as they are, and what is wrong with the command line as one line.
+fn usage(e: &clap::Error) -> ExitCode {
+    use Usage::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
+    if matches!(e.kind(), DisplayHelp | DisplayVersion | DisplayHelpOnMissingArgumentOrSubcommand) {
+        // Nobody reads the text when it cannot be written.
+        let _ = e.print();
+        return if e.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+    }
+    let text = e.render().to_string();
+    let said = text.split("\n\n").filter(|part| !part.starts_with("Usage:") && !part.starts_with("For more"));
+    let words: Vec<_> = said.flat_map(str::split_whitespace).collect();
+    eprintln!("{}; see --help", words.join(" "));
+    ExitCode::from(EXIT_USAGE)
+}
+
+fn failed(e: &Error) -> ExitCode {
+    eprintln!("error: {}", e.to_string().replace(['\n', '\r'], " "));
+    ExitCode::from(match e.kind() {
+        ErrorKind::InvalidInput | ErrorKind::Unavailable => EXIT_USAGE,
+        ErrorKind::Cancelled => signals::EXIT_INTERRUPTED,
+        _ => EXIT_FAILED,
+    })
+}

@@ -22,6 +22,8 @@ pub trait Scratch {
 /// Tokens of a row block at `maximal`: enough rows to pay for streaming the weights, few enough that q and the attention's
 /// result stay in cache.
 const ROW_BLOCK: usize = 256;
+/// Rows and columns that a GEMM's work item has at most, some padding aside.
+const GEMM_TILE: usize = 256;
 /// Rows of the smallest part that a split attention is worth.
 const LEAST_SPLIT: usize = 256;
 /// Work items that keep any sensible number of threads busy; a constant, so that results do not depend on the threads.
@@ -299,7 +301,8 @@ impl Draft<'_> {
                 _ => 0.0,
             },
             Operand::Mask => p.mask.map_or(0.0, |m| {
-                let share = if m.per_head { h } else { 1.0 } * if m.per_sequence { 1.0 } else { 1.0 / p.batch.sequences() as f64 };
+                let share =
+                    if m.per_head { h } else { 1.0 } * if m.per_sequence { 1.0 } else { 1.0 / p.batch.sequences() as f64 };
                 pairs * share
             }),
             Operand::Cache => cache(write) * if matches!(op, Op::Scores | Op::WeightedValues) { 0.5 } else { 1.0 },
@@ -314,13 +317,14 @@ impl Draft<'_> {
         Cost { flops, bytes, launches: 1 }
     }
 
-    /// Rows of a GEMM's work item: as many as keep its result tile in second-level cache, fewer when there would be too few items.
+    /// Rows of a GEMM's work item: as many as keep its result tile in second-level cache, evenly, fewer when there would be too few items.
     fn row_tile(&self, columns: usize) -> usize {
         let mr = self.tile(KernelOp::Gemm).0;
-        let most = 10 * mr;
-        let column_tiles = columns.div_ceil(128);
-        let groups = ENOUGH_ITEMS.div_ceil(column_tiles);
-        self.rows().div_ceil(groups).next_multiple_of(mr).clamp(mr, most)
+        let column_tiles = columns.div_ceil(GEMM_TILE);
+        // Each element sums over k in the same order whatever the tile, so that this may depend on the threads.
+        let enough = (4 * self.planner.machine.threads).div_ceil(column_tiles);
+        let groups = enough.max(self.rows().div_ceil(GEMM_TILE));
+        self.rows().div_ceil(groups).next_multiple_of(mr)
     }
 
     fn projection(&mut self, part: Part, fused: bool, reads: Operand, writes: &[Operand], why: &str) {
@@ -447,7 +451,9 @@ impl Draft<'_> {
             reads.push(Operand::Mask);
         }
         let why = match (tiled.query_tile, tiled.split) {
-            (0, None) => "one query a sequence: heads of a group share each key; enough sequences and heads for all threads".to_string(),
+            (0, None) => {
+                "one query a sequence: heads of a group share each key; enough sequences and heads for all threads".to_string()
+            }
             (0, Some(s)) => format!("one query a sequence: keys split into parts of {s} rows so that all threads work"),
             (n, None) => format!("{n} queries take turns at each tile of 64 keys; scores stay in cache"),
             (n, Some(s)) => format!("{n} queries a tile; few queries, so keys are split into parts of {s} rows"),
@@ -457,7 +463,8 @@ impl Draft<'_> {
             self.step(Op::MergeSplits(tiled), kernel, &[parts], &[o], "parts are merged in order by (m, l, acc)");
         } else {
             self.step(Op::Attention(tiled), kernel, &reads, &[o], why);
-            self.rejected.push(Rejected { what: "split keys".into(), why: "there are enough queries, heads or too few rows".into() });
+            self.rejected
+                .push(Rejected { what: "split keys".into(), why: "there are enough queries, heads or too few rows".into() });
         }
     }
 
@@ -491,12 +498,21 @@ impl Draft<'_> {
             self.rope_table();
             self.projection(Part::Q, true, Operand::X, &[q], "norm, bias, QK-norm and RoPE while the tile is warm");
         } else {
-            self.projection(Part::Qkv, true, Operand::X, &[q, Operand::Cache], "norm, bias, QK-norm, RoPE and append while the tile is warm");
+            self.projection(
+                Part::Qkv,
+                true,
+                Operand::X,
+                &[q, Operand::Cache],
+                "norm, bias, QK-norm, RoPE and append while the tile is warm",
+            );
         }
         self.attention();
         self.projection(Part::O, true, o, &[Operand::Y], "bias and residual in the epilogue");
         if block.is_none() {
-            self.rejected.push(Rejected { what: format!("row blocks of {ROW_BLOCK}"), why: "the call has no more tokens than one block".into() });
+            self.rejected.push(Rejected {
+                what: format!("row blocks of {ROW_BLOCK}"),
+                why: "the call has no more tokens than one block".into(),
+            });
         }
     }
 }
@@ -510,6 +526,8 @@ pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo]) -> Ti
     let query_tile = if batch.max_new() == 1 { 0 } else { (4 * strip).div_ceil(a.group()).clamp(1, batch.max_new()) };
     let items: usize = batch.new_tokens().iter().map(|n| n.div_ceil(query_tile.max(1)) * a.kv_heads).sum();
     let longest = batch.max_len();
-    let parts = (ENOUGH_ITEMS / items.max(1)).clamp(1, (longest / LEAST_SPLIT).max(1));
+    // Parts cost memory and a merge; many queries give work enough sooner than one does.
+    let enough = if query_tile == 0 { ENOUGH_ITEMS } else { ENOUGH_ITEMS / 4 };
+    let parts = (enough / items.max(1)).clamp(1, (longest / LEAST_SPLIT).max(1));
     TiledAttention { query_tile, split: (parts > 1).then(|| longest.div_ceil(parts).next_multiple_of(64)) }
 }

@@ -83,9 +83,10 @@ pub struct MachineProfile {
 }
 
 /// One run of a single kernel with its data, for conformance.
+#[expect(clippy::large_enum_variant, reason = "cases are few and their data is larger than any variant")]
 #[derive(Clone, Debug)]
 pub enum KernelCase {
-    /// x [m, k] · Wᵀ, W [n, k], plus bias [n]: gives [m, n].
+    /// x `[m, k]` · Wᵀ, W `[n, k]`, plus bias `[n]`: gives `[m, n]`.
     Gemm {
         /// Rows of x.
         m: usize,

@@ -3,7 +3,7 @@
 use lawson_core::{
     DType, ErrorKind,
     problem::{
-        AttentionProblem, AttentionSpec, Lengths, Biases, BlockProblem, BlockSpec, MaskShape, Real, RopeLayout, RopeScaling,
+        AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling,
         RopeSpec, Yarn,
     },
 };

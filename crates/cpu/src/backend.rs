@@ -48,9 +48,9 @@ impl Cpu {
     /// Bytes of scratch of a GEMM item.
     pub fn gemm_scratch(&self, problem: &BlockProblem, row_tile: usize) -> usize {
         let a = &problem.spec.attention;
-        let heads = tile_columns(a.head_dim, a.q_dim(), self.kernels.lanes);
-        let output = tile_columns(1, problem.spec.hidden_size, self.kernels.lanes);
-        4 * gemm::scratch_len(row_tile, heads.max(output), self.kernels.lanes)
+        let heads = tile_columns(a.head_dim, a.q_dim(), self.kernels.panel());
+        let output = tile_columns(1, problem.spec.hidden_size, self.kernels.panel());
+        4 * gemm::scratch_len(row_tile, heads.max(output), self.kernels.panel())
     }
 
     /// Bytes of scratch of an attention item; `query_tile` 0 is the decode kernel.
@@ -119,7 +119,9 @@ impl Backend for Cpu {
             return Err(Error::invalid(format!("kernel {kernel} is not one of {}", self.kernels.isa)));
         }
         match case {
-            KernelCase::Gemm { m, n, k, x, w, bias, weight_dtype } => self.run_gemm(*m, *n, *k, x, w, bias.as_deref(), *weight_dtype),
+            KernelCase::Gemm { m, n, k, x, w, bias, weight_dtype } => {
+                self.run_gemm(*m, *n, *k, x, w, bias.as_deref(), *weight_dtype)
+            }
             KernelCase::Norm { width, x, weight, eps } => {
                 if weight.len() != *width || !x.len().is_multiple_of(*width) {
                     return Err(Error::invalid("a norm case whose lengths do not fit its width"));
@@ -129,7 +131,7 @@ impl Backend for Cpu {
                 for row in 0..x.len() / width {
                     // SAFETY: rows of x and out have `width` elements.
                     unsafe {
-                        (self.kernels.norm_row)(rows(x, *width), to, row, weight.as_ptr(), *width, *eps, scratch.as_mut_ptr());
+                        (self.kernels.norm_row)(rows(x, *width), to, row, (weight.as_ptr(), *eps), *width, scratch.as_mut_ptr());
                     }
                 }
                 Ok(out)
@@ -171,7 +173,15 @@ impl Backend for Cpu {
                 Ok(out)
             }
             KernelCase::Attention { problem, q, k, v, rows, mask, sinks, slopes, split } => {
-                let data = AttentionData { q, k, v, rows: *rows, mask: mask.as_ref(), sinks: sinks.as_deref(), slopes: slopes.as_deref() };
+                let data = AttentionData {
+                    q,
+                    k,
+                    v,
+                    rows: *rows,
+                    mask: mask.as_ref(),
+                    sinks: sinks.as_deref(),
+                    slopes: slopes.as_deref(),
+                };
                 self.run_attention(kernel, problem, &data, *split)
             }
         }
@@ -210,16 +220,25 @@ impl Cpu {
 
 impl Cpu {
     #[expect(clippy::too_many_arguments, reason = "the fields of one case")]
-    fn run_gemm(&self, m: usize, n: usize, k: usize, x: &[f32], w: &[f32], bias: Option<&[f32]>, dtype: DType) -> Result<Vec<f32>> {
+    fn run_gemm(
+        &self,
+        m: usize,
+        n: usize,
+        k: usize,
+        x: &[f32],
+        w: &[f32],
+        bias: Option<&[f32]>,
+        dtype: DType,
+    ) -> Result<Vec<f32>> {
         if x.len() != m * k || bias.is_some_and(|b| b.len() != n) {
             return Err(Error::invalid("a GEMM case whose lengths do not fit its shape"));
         }
         let tensor = lawson_core::TensorRef::new(w, &[n, k])?;
-        let columns = tile_columns(1, n, self.kernels.lanes);
-        let packed_w = PackedMatrix::new(&tensor, dtype, columns, self.kernels.lanes, &self.threads)?;
+        let columns = tile_columns(1, n, self.kernels.panel());
+        let packed_w = PackedMatrix::new(&tensor, dtype, columns, self.kernels.panel(), &self.threads)?;
         let (mut packed, mut out) = (vec![0f32; m * k], vec![f32::NAN; m * n]);
         let row_tile = 2 * self.kernels.mr;
-        let mut scratch = vec![0f32; gemm::scratch_len(row_tile, columns, self.kernels.lanes)];
+        let mut scratch = vec![0f32; gemm::scratch_len(row_tile, columns, self.kernels.panel())];
         let pack = PackX { x: rows(x, k), first: 0, rows: m, k, norm: None, packed: packed.as_mut_ptr() };
         let to = Rows { start: out.as_mut_ptr().cast(), dtype: DType::F32, stride: n };
         let epilogue = Epilogue::Store { to, residual: None };
@@ -233,7 +252,13 @@ impl Cpu {
         Ok(out)
     }
 
-    fn run_attention(&self, kernel: &KernelInfo, p: &AttentionProblem, data: &AttentionData<'_>, split: Option<usize>) -> Result<Vec<f32>> {
+    fn run_attention(
+        &self,
+        kernel: &KernelInfo,
+        p: &AttentionProblem,
+        data: &AttentionData<'_>,
+        split: Option<usize>,
+    ) -> Result<Vec<f32>> {
         p.validate()?;
         let (s, tokens) = (&p.spec, p.batch.tokens());
         let decode = kernel.op == KernelOp::AttentionDecode;
@@ -241,7 +266,11 @@ impl Cpu {
             return Err(Error::invalid("the decode kernel takes one new token a sequence"));
         }
         let elements = p.batch.sequences() * s.kv_dim() * data.rows;
-        if data.q.len() != tokens * s.q_dim() || data.k.len() != elements || data.v.len() != elements || data.rows < p.batch.max_len() {
+        if data.q.len() != tokens * s.q_dim()
+            || data.k.len() != elements
+            || data.v.len() != elements
+            || data.rows < p.batch.max_len()
+        {
             return Err(Error::invalid("an attention case whose lengths do not fit its problem"));
         }
         if let Some(m) = data.mask {

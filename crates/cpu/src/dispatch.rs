@@ -13,8 +13,7 @@ use crate::{
         attention_decode, attention_prefill,
         attention_prefill::Attention,
         gemm::{self, Gemm, Heads, PackX},
-        norm,
-        rope,
+        norm, rope,
         rows::{self, Place, Rows},
         scores::{self, Strips},
         softmax, tile,
@@ -111,7 +110,7 @@ kernels! {
     /// Norms, turns and moves one head of one row.
     move_head(h: &Heads<'_>, from: Rows, row: usize, head: usize, place: Place, scratch: *mut f32) = gemm::move_head;
     /// RMSNorm of one row.
-    norm_row(from: Rows, to: Rows, row: usize, weight: *const f32, n: usize, eps: f64, scratch: *mut f32) = norm::norm_row;
+    norm_row(from: Rows, to: Rows, row: usize, norm: (*const f32, f64), n: usize, scratch: *mut f32) = norm::norm_row;
     /// to = a + b for one row.
     add_row(a: Rows, b: Rows, to: Rows, row: usize, n: usize) = norm::add_row;
     /// One work item of tiled attention.
@@ -165,12 +164,24 @@ kernels! {
 }
 
 impl Kernels {
+    /// Columns of the register tile, and outputs of a panel of packed weights.
+    pub fn panel(&self) -> usize {
+        2 * self.lanes
+    }
+
     /// The rows of the table, as plain data.
     pub fn infos(&self) -> Vec<KernelInfo> {
         use KernelOp::{AttentionDecode, AttentionPrefill, Gemm, Norm, Rope, Softmax};
-        let (mr, nr) = (self.mr, 2 * self.lanes);
-        [(Gemm, mr, nr), (Norm, 1, self.lanes), (Rope, 1, self.lanes), (Softmax, 1, self.lanes), (AttentionPrefill, mr, nr), (AttentionDecode, 4, nr)]
-            .map(|(op, tile_rows, tile_columns)| KernelInfo { op, isa: self.isa.name(), tile_rows, tile_columns })
-            .into()
+        let (mr, nr) = (self.mr, self.panel());
+        [
+            (Gemm, mr, nr),
+            (Norm, 1, self.lanes),
+            (Rope, 1, self.lanes),
+            (Softmax, 1, self.lanes),
+            (AttentionPrefill, mr, nr),
+            (AttentionDecode, 4, nr),
+        ]
+        .map(|(op, tile_rows, tile_columns)| KernelInfo { op, isa: self.isa.name(), tile_rows, tile_columns })
+        .into()
     }
 }

@@ -209,14 +209,6 @@ impl Run<'_> {
         Ok(self.buffer(name, 0)?.start.cast())
     }
 
-    fn new(&self) -> &[usize] {
-        self.operands.new
-    }
-
-    fn past(&self) -> &[usize] {
-        self.operands.past
-    }
-
     unsafe fn step(&self, step: &Step) -> Result<()> {
         // SAFETY: the caller's, for each.
         unsafe {
@@ -251,10 +243,20 @@ impl Run<'_> {
     unsafe fn input_norm(&self) -> Result<()> {
         let h = self.buffer(BufferName::H, self.spec.hidden_size)?;
         let weight = self.operands.weights.input_norm.as_ref().ok_or_else(|| missing("input_norm.weight"))?;
-        let (eps, n) = (self.spec.input_norm.map_or(0.0, |e| e.get()), self.spec.hidden_size);
+        let norm = (weight.as_ptr(), self.spec.input_norm.map_or(0.0, |e| e.get()));
+        let norm = SharedRef(&norm);
         self.threads.run(self.rows, &|thread, row| {
             // SAFETY: the caller's; each item writes its own row of h and its thread's scratch.
-            unsafe { (self.kernels.norm_row)(self.operands.x, h, self.first + row, weight.as_ptr(), n, eps, self.scratch.of(thread)) }
+            unsafe {
+                (self.kernels.norm_row)(
+                    self.operands.x,
+                    h,
+                    self.first + row,
+                    *norm.get(),
+                    self.spec.hidden_size,
+                    self.scratch.of(thread),
+                )
+            }
         });
         Ok(())
     }
@@ -277,7 +279,7 @@ impl Run<'_> {
             }
             _ => None,
         };
-        Ok(Heads { head_dim: self.spec.attention.head_dim, to, norm, rope, new: self.new(), past: self.past() })
+        Ok(Heads { head_dim: self.spec.attention.head_dim, to, norm, rope, new: self.operands.new, past: self.operands.past })
     }
 
     unsafe fn projection(&self, p: &Projection) -> Result<()> {
@@ -372,7 +374,7 @@ impl Run<'_> {
         let heads = SharedRef(heads);
         let from = SharedRef(&from);
         self.threads.run(self.rows, &|thread, row| {
-            for place in places(self.new(), self.past(), self.first + row, self.first + row + 1) {
+            for place in places(self.operands.new, self.operands.past, self.first + row, self.first + row + 1) {
                 for head in 0..count {
                     // SAFETY: the caller's; each item moves its own row.
                     unsafe { (self.kernels.move_head)(heads.get(), *from.get(), row, head, place, self.scratch.of(thread)) };
@@ -391,7 +393,8 @@ impl Run<'_> {
             let rows = chunk * rope::CHUNK..self.rows.min((chunk + 1) * rope::CHUNK);
             // SAFETY: the table has 2 · width f32 for every row of the block, and this item alone writes these rows.
             let out = unsafe { std::slice::from_raw_parts_mut(table.get().add(rows.start * 2 * width), rows.len() * 2 * width) };
-            let positions = places(self.new(), self.past(), self.first + rows.start, self.first + rows.end).map(|p| p.position);
+            let positions =
+                places(self.operands.new, self.operands.past, self.first + rows.start, self.first + rows.end).map(|p| p.position);
             rope::fill_rows(rope.layout, frequencies, positions, width, out);
         });
         Ok(())
@@ -417,8 +420,8 @@ impl Run<'_> {
             mask: self.operands.mask,
             sinks: w.sinks.as_ref().map(|v| v.as_ptr()),
             slopes: w.alibi_slopes.as_ref().map(|v| v.as_ptr()),
-            new: self.new(),
-            past: self.past(),
+            new: self.operands.new,
+            past: self.operands.past,
             first: self.first,
             rows: self.rows,
             query_tile: t.query_tile,
@@ -443,7 +446,8 @@ impl Run<'_> {
     unsafe fn strips(&self, kernel: unsafe fn(&Strips<'_>, usize, *mut f32)) -> Result<()> {
         let f32s = |name| self.f32s(name).unwrap_or(std::ptr::null_mut());
         let attention = self.attention_args(&TiledAttention { query_tile: 1, split: None })?;
-        let strips = Strips { attention, q: f32s(BufferName::QStrips), scores: f32s(BufferName::Scores), o: f32s(BufferName::OStrips) };
+        let strips =
+            Strips { attention, q: f32s(BufferName::QStrips), scores: f32s(BufferName::Scores), o: f32s(BufferName::OStrips) };
         let strips = SharedRef(&strips);
         self.threads.run(strips.get().items(2 * self.kernels.lanes), &|thread, item| {
             // SAFETY: the caller's; items work on disjoint strips.
@@ -456,7 +460,9 @@ impl Run<'_> {
         let projected = self.buffer(BufferName::Projected, self.spec.hidden_size)?;
         self.threads.run(self.rows, &|_, row| {
             // SAFETY: the caller's; each item writes its own row.
-            unsafe { (self.kernels.add_row)(projected, self.operands.x, self.operands.y, self.first + row, self.spec.hidden_size) }
+            unsafe {
+                (self.kernels.add_row)(projected, self.operands.x, self.operands.y, self.first + row, self.spec.hidden_size)
+            }
         });
         Ok(())
     }
@@ -523,4 +529,3 @@ impl<'a, T> SharedRef<'a, T> {
 unsafe impl<T> Send for SharedRef<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for SharedRef<'_, T> {}
-

@@ -65,7 +65,10 @@ impl Isa {
                     return Ok(isa);
                 }
                 let has: Vec<_> = Isa::available().iter().map(|i| i.name()).collect();
-                Err(Error::new(ErrorKind::Unavailable, format!("LAWSON_ISA: this processor lacks {isa}; it has {}", has.join(", "))))
+                Err(Error::new(
+                    ErrorKind::Unavailable,
+                    format!("LAWSON_ISA: this processor lacks {isa}; it has {}", has.join(", ")),
+                ))
             }
             _ => Ok(Isa::available().pop().unwrap_or(Isa::Portable)),
         }

@@ -21,7 +21,19 @@ pub fn features() -> Vec<&'static str> {
         macro_rules! detect {
             ($($name:tt),*) => { $(if is_x86_feature_detected!($name) { found.push($name); })* };
         }
-        detect!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx512vnni", "avxvnni", "avx512fp16");
+        detect!(
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512dq",
+            "avx512vl",
+            "avx512bf16",
+            "avx512vnni",
+            "avxvnni",
+            "avx512fp16"
+        );
     }
     found.shrink_to_fit();
     found

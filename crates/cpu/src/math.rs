@@ -2,7 +2,7 @@
 
 use crate::simd::Simd;
 
-/// 2^x: at most 2 ulp from −126 up; 0 below −126.5, +∞ from 128 on, NaN for NaN.
+/// 2^x: at most 2 ulp from −126 to 127.5; 0 below −126.5, +∞ from 127.5 on, NaN for NaN.
 ///
 /// x = n + f with |f| ≤ ½; 2^f by its Taylor polynomial of degree 7, whose remainder on that range is below 6e-9.
 #[inline(always)]
@@ -12,8 +12,16 @@ pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     let n = s.round(x);
     let f = s.sub(x, n);
     // ln(2)ⁱ / i!
-    const C: [f32; 8] =
-        [1.0, 0.693_147_2, 0.240_226_51, 0.055_504_11, 0.009_618_129, 0.001_333_355_8, 0.000_154_035_3, 0.000_015_252_734];
+    const C: [f32; 8] = [
+        1.0,
+        std::f32::consts::LN_2,
+        0.240_226_5,
+        0.055_504_11,
+        0.009_618_129,
+        0.001_333_355_8,
+        0.000_154_035_3,
+        0.000_015_252_734,
+    ];
     let mut p = s.splat(C[7]);
     for c in C[..7].iter().rev() {
         p = s.fma(p, f, s.splat(*c));
@@ -29,7 +37,7 @@ pub fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
     let a = s.copysign(x, s.splat(1.0));
     let e = exp2(s, s.mul(a, s.splat(2.0 * std::f32::consts::LOG2_E)));
     let big = s.sub(s.splat(1.0), s.div(s.splat(2.0), s.add(e, s.splat(1.0))));
-    const C: [f32; 5] = [-0.333_332_82, 0.133_314_42, -0.053_739_715, 0.020_639_09, -0.005_704_988_7];
+    const C: [f32; 5] = [-0.333_332_8, 0.133_314_42, -0.053_739_715, 0.020_639_09, -0.005_704_988_7];
     let z = s.mul(a, a);
     let mut p = s.splat(C[4]);
     for c in C[..4].iter().rev() {

@@ -1,6 +1,6 @@
 //! Weights packed once, when a block is built, in the layout that `kernels::gemm` reads.
 
-use lawson_core::{Error, ErrorKind, DType, Result, TensorRef, Storage};
+use lawson_core::{DType, Error, ErrorKind, Result, Storage, TensorRef};
 
 use crate::{
     arena::AlignedBytes,
@@ -18,29 +18,30 @@ pub struct PackedMatrix {
     tile_columns: usize,
 }
 
-/// Columns of a tile that holds whole units (heads) of `unit` columns: about 128, with little padding to whole vectors.
-pub fn tile_columns(unit: usize, n: usize, lanes: usize) -> usize {
-    let most = (256 / unit).clamp(1, 16);
-    let waste = |t: usize| ((t * unit).next_multiple_of(lanes) as f64 / (t * unit) as f64 * 1024.0) as usize;
-    let near = |t: usize| (t * unit).abs_diff(128);
+/// Columns of a tile that holds whole units (heads) of `unit` columns: about 256, with little padding to whole panels.
+pub fn tile_columns(unit: usize, n: usize, panel: usize) -> usize {
+    let most = (512 / unit).max(1);
+    let waste = |t: usize| ((t * unit).next_multiple_of(panel) as f64 / (t * unit) as f64 * 1024.0) as usize;
+    let near = |t: usize| (t * unit).abs_diff(256);
     let best = (1..=most).min_by_key(|&t| (waste(t), near(t))).unwrap_or(1);
     (best * unit).min(n)
 }
 
 impl PackedMatrix {
-    /// Packs `w` [n, k], rounded to `dtype`, in tiles of `tile_columns` outputs for vectors of `lanes`.
+    /// Packs `w` [n, k], rounded to `dtype`, in tiles of `tile_columns` outputs and panels of `panel`.
     ///
     /// # Errors
     /// `OutOfMemory`; `InvalidInput` when `w` is not a contiguous matrix.
-    pub fn new(w: &TensorRef<'_>, dtype: DType, tile_columns: usize, lanes: usize, threads: &Threads) -> Result<Self> {
+    pub fn new(w: &TensorRef<'_>, dtype: DType, tile_columns: usize, panel: usize, threads: &Threads) -> Result<Self> {
         let (&[n, k], true) = (w.shape(), w.is_contiguous()) else {
             return Err(Error::invalid(format!("a weight must be a contiguous matrix, got shape {:?}", w.shape())));
         };
         let tiles = n.div_ceil(tile_columns);
-        let padded = tile_columns.next_multiple_of(lanes);
-        let elements = (tiles - 1) * padded + (n - (tiles - 1) * tile_columns).next_multiple_of(lanes);
+        let padded = tile_columns.next_multiple_of(panel);
+        let elements = (tiles - 1) * padded + (n - (tiles - 1) * tile_columns).next_multiple_of(panel);
         let size = elements.checked_mul(k).and_then(|e| e.checked_mul(dtype.size()));
-        let size = size.ok_or_else(|| Error::new(ErrorKind::OutOfMemory, format!("a weight of {n} x {k} elements is too large")))?;
+        let size =
+            size.ok_or_else(|| Error::new(ErrorKind::OutOfMemory, format!("a weight of {n} x {k} elements is too large")))?;
         let bytes = AlignedBytes::new(size)?;
         let start = SendPtr(bytes.as_ptr());
         let source = w.storage();
@@ -50,9 +51,9 @@ impl PackedMatrix {
             with_elem!(dtype, T => unsafe {
                 let out = start.get().cast::<T>().add(tile * padded * k);
                 match source {
-                    Storage::BF16(s) => pack_tile(s, k, tile * tile_columns, columns, lanes, out),
-                    Storage::F16(s) => pack_tile(s, k, tile * tile_columns, columns, lanes, out),
-                    Storage::F32(s) => pack_tile(s, k, tile * tile_columns, columns, lanes, out),
+                    Storage::BF16(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
+                    Storage::F16(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
+                    Storage::F32(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
                     _ => unreachable!("host storage"),
                 }
             });
@@ -73,19 +74,18 @@ impl PackedMatrix {
 
 /// # Safety
 /// `out` is writable as the padded tile.
-unsafe fn pack_tile<F: Elem, T: Elem>(w: &[F], k: usize, row0: usize, columns: usize, lanes: usize, out: *mut T) {
+unsafe fn pack_tile<F: Elem, T: Elem>(w: &[F], k: usize, row0: usize, columns: usize, panel: usize, out: *mut T) {
     /// Steps packed together, so that the rows' cache lines are used whole.
     const BLOCK: usize = 32;
-    let padded = columns.next_multiple_of(lanes);
-    for panel in (0..padded).step_by(2 * lanes) {
-        let width = (2 * lanes).min(padded - panel);
+    let padded = columns.next_multiple_of(panel);
+    for column0 in (0..padded).step_by(panel) {
         for k0 in (0..k).step_by(BLOCK) {
-            for j in 0..width {
-                let row = (panel + j < columns).then(|| &w[(row0 + panel + j) * k..][..k]);
+            for j in 0..panel {
+                let row = (column0 + j < columns).then(|| &w[(row0 + column0 + j) * k..][..k]);
                 for i in k0..k.min(k0 + BLOCK) {
                     let v = T::from_f32(row.map_or(0.0, |r| r[i].to_f32()));
-                    // SAFETY: the panel starts at panel · k and holds width · k elements.
-                    unsafe { out.add(panel * k + i * width + j).write(v) };
+                    // SAFETY: the panel starts at column0 · k and holds panel · k elements.
+                    unsafe { out.add(column0 * k + i * panel + j).write(v) };
                 }
             }
         }

@@ -111,17 +111,17 @@ impl AttentionBlockBuilder<'_> {
         self.weights.check(&self.spec)?;
         let w = &self.weights;
         let dtype = self.dtype.unwrap_or(w.q_weight.dtype());
-        let (a, lanes) = (&self.spec.attention, context.0.cpu.kernels.lanes);
+        let (a, panel) = (&self.spec.attention, context.0.cpu.kernels.panel());
         let pack = |name: &str, t: &TensorRef<'_>, columns: usize| {
-            PackedMatrix::new(t, dtype, columns, lanes, &context.0.cpu.threads).map_err(|e| e.at(name))
+            PackedMatrix::new(t, dtype, columns, panel, &context.0.cpu.threads).map_err(|e| e.at(name))
         };
-        let heads = |n: usize| tile_columns(a.head_dim, n, lanes);
+        let heads = |n: usize| tile_columns(a.head_dim, n, panel);
         let values = |t: &Option<TensorRef<'_>>| t.as_ref().map(TensorRef::to_f32);
         let packed = PackedBlock {
             q: pack("q_proj.weight", &w.q_weight, heads(a.q_dim()))?,
             k: pack("k_proj.weight", &w.k_weight, heads(a.kv_dim()))?,
             v: pack("v_proj.weight", &w.v_weight, heads(a.kv_dim()))?,
-            o: pack("o_proj.weight", &w.o_weight, tile_columns(1, self.spec.hidden_size, lanes))?,
+            o: pack("o_proj.weight", &w.o_weight, tile_columns(1, self.spec.hidden_size, panel))?,
             q_bias: values(&w.q_bias),
             k_bias: values(&w.k_bias),
             v_bias: values(&w.v_bias),

@@ -67,7 +67,8 @@ impl PreparedCall {
         let new = self.batch.new_tokens();
         let rows = self.past_rows + new.iter().copied().max().unwrap_or(0);
         let (g, d) = (self.cache.kv_heads(), self.cache.head_dim());
-        let mut out = BlockOutput { y: y.to_f32(), k: vec![0.0; new.len() * g * rows * d], v: vec![0.0; new.len() * g * rows * d] };
+        let mut out =
+            BlockOutput { y: y.to_f32(), k: vec![0.0; new.len() * g * rows * d], v: vec![0.0; new.len() * g * rows * d] };
         for (b, (&n, &past)) in new.iter().zip(self.cache.lengths()).enumerate() {
             let valid = past + n;
             let (k, v) = self.cache.export(0, b, valid)?;

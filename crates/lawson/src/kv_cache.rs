@@ -62,7 +62,14 @@ impl KvCache {
     ///
     /// # Errors
     /// `InvalidInput` when a number is 0, `OutOfMemory`.
-    pub fn new(_: &Context, spec: &AttentionSpec, layers: usize, sequences: usize, capacity: usize, dtype: DType) -> Result<Self> {
+    pub fn new(
+        _: &Context,
+        spec: &AttentionSpec,
+        layers: usize,
+        sequences: usize,
+        capacity: usize,
+        dtype: DType,
+    ) -> Result<Self> {
         for (what, n) in [("layers", layers), ("sequences", sequences), ("capacity", capacity)] {
             if n == 0 {
                 return Err(Error::invalid(format!("a cache needs at least 1 of {what}, got 0")));
@@ -70,9 +77,12 @@ impl KvCache {
         }
         let rows = capacity.checked_next_multiple_of(CacheRows::TILE);
         let product = [layers, 2, sequences, spec.kv_heads, spec.head_dim, dtype.size()];
-        let bytes = product.iter().try_fold(rows.unwrap_or(usize::MAX), |n, &f| n.checked_mul(f)).filter(|&n| n <= isize::MAX as usize);
+        let bytes =
+            product.iter().try_fold(rows.unwrap_or(usize::MAX), |n, &f| n.checked_mul(f)).filter(|&n| n <= isize::MAX as usize);
         let (Some(rows), Some(bytes)) = (rows, bytes) else {
-            return Err(Error::invalid(format!("a cache of {layers} layers, {sequences} sequences and {capacity} rows is too large")));
+            return Err(Error::invalid(format!(
+                "a cache of {layers} layers, {sequences} sequences and {capacity} rows is too large"
+            )));
         };
         let memory = AlignedBytes::new(bytes)?;
         let (kv_heads, head_dim) = (spec.kv_heads, spec.head_dim);
@@ -182,10 +192,18 @@ impl KvCache {
                     unsafe {
                         match self.dtype {
                             DType::BF16 => {
-                                out.extend(std::slice::from_raw_parts(from.cast::<half::bf16>(), self.head_dim).iter().map(|v| v.to_f32()));
+                                out.extend(
+                                    std::slice::from_raw_parts(from.cast::<half::bf16>(), self.head_dim)
+                                        .iter()
+                                        .map(|v| v.to_f32()),
+                                );
                             }
                             DType::F16 => {
-                                out.extend(std::slice::from_raw_parts(from.cast::<half::f16>(), self.head_dim).iter().map(|v| v.to_f32()));
+                                out.extend(
+                                    std::slice::from_raw_parts(from.cast::<half::f16>(), self.head_dim)
+                                        .iter()
+                                        .map(|v| v.to_f32()),
+                                );
                             }
                             _ => out.extend_from_slice(std::slice::from_raw_parts(from.cast::<f32>(), self.head_dim)),
                         }
@@ -206,7 +224,11 @@ impl KvCache {
         self.check_rows(layer, b, rows)?;
         let need = self.kv_heads * rows * self.head_dim;
         if k.len() != need || v.len() != need {
-            return Err(Error::invalid(format!("[G, {rows}, D] needs {need} elements, got {} of k and {} of v", k.len(), v.len())));
+            return Err(Error::invalid(format!(
+                "[G, {rows}, D] needs {need} elements, got {} of k and {} of v",
+                k.len(),
+                v.len()
+            )));
         }
         let cache = self.rows(layer);
         let d = self.head_dim;

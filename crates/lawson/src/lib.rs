@@ -31,7 +31,9 @@ pub use lawson_core::{
     DType, Error, ErrorKind, Result, TensorMut, TensorRef,
     data::{BlockData, BlockOutput},
     plan::BlockPlan,
-    problem::{AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, Level, Real, RopeLayout, RopeScaling, RopeSpec},
+    problem::{
+        AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, Level, Real, RopeLayout, RopeScaling, RopeSpec,
+    },
 };
 pub use lawson_cpu::{Isa, machine};
 pub use tensor::Tensor;

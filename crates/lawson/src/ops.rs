@@ -1,6 +1,9 @@
 //! The block's operators on borrowed tensors.
 
-use lawson_core::{DType, Error, Result, TensorMut, TensorRef, problem::{AttentionSpec, Lengths, AttentionProblem, RopeSpec}};
+use lawson_core::{
+    DType, Error, Result, TensorMut, TensorRef,
+    problem::{AttentionProblem, AttentionSpec, Lengths, RopeSpec},
+};
 use lawson_cpu::{
     kernels::{
         attention_prefill::Attention,
@@ -60,7 +63,8 @@ fn rows_mut(t: &mut TensorMut<'_>, stride: usize) -> Rows {
 /// `InvalidInput` when a shape or dtype does not fit, `OutOfMemory`.
 pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
     let (s, lengths) = (args.spec, args.lengths);
-    let problem = AttentionProblem { kv_dtype: args.k.dtype(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
+    let problem =
+        AttentionProblem { kv_dtype: args.k.dtype(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
     problem.validate()?;
     let (tokens, b) = (lengths.tokens(), lengths.sequences());
     let q_shape = [tokens, s.heads, s.head_dim];
@@ -132,7 +136,7 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
     unsafe { context.0.cpu.attention(&a, &mut context.workspace()) }
 }
 
-/// How [`rope`] works.
+/// How [`rope()`] works.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RopeMethod {
     /// One pass: each pair is read once and written once.
@@ -152,7 +156,11 @@ pub fn rope(context: &Context, x: &mut TensorMut<'_>, positions: &[usize], spec:
         return Err(Error::invalid(format!("x has shape {:?}, needed [T, H, D]", x.shape())));
     };
     if positions.len() != tokens || x.dtype() != DType::F32 {
-        return Err(Error::invalid(format!("x is {} of {tokens} tokens, needed f32 of {} positions", x.dtype(), positions.len())));
+        return Err(Error::invalid(format!(
+            "x is {} of {tokens} tokens, needed f32 of {} positions",
+            x.dtype(),
+            positions.len()
+        )));
     }
     spec.validate(d)?;
     let longest = positions.iter().max().map_or(0, |p| p + 1);
@@ -206,7 +214,7 @@ pub enum SoftmaxMethod {
     Fused,
     /// Maximum, exponential, sum and division each over the whole tensor, as frameworks without fusion do it.
     ThreePass,
-    /// Running maximum and sum over tiles of this many columns (arXiv:1805.02867), then one pass that writes.
+    /// Running maximum and sum over tiles of this many columns (arXiv:1805.02867), then one pass that rescales.
     Online(usize),
 }
 
@@ -243,19 +251,30 @@ pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, me
                 threads.run(count, &|_, r| (k.row_scale)(to.at(r, 0).cast(), width, factor(*max(r), *sum(r))));
             }
             SoftmaxMethod::Online(0) => return Err(Error::invalid("a tile of the online softmax needs at least one column")),
-            SoftmaxMethod::Online(tile) => threads.run(count, &|_, r| {
-                let (mut m, mut sum) = (f32::NEG_INFINITY, 0f32);
-                for start in (0..width).step_by(tile) {
-                    let n = tile.min(width - start);
-                    let x = from.at(r, start).cast();
-                    let top = (k.row_max)(x, n).max(m);
-                    let part = (k.row_exp)(x, n, top, to.at(r, start).cast());
-                    sum = if m == f32::NEG_INFINITY { part } else { sum * (m - top).exp() + part };
-                    m = top;
-                }
-                (k.row_exp)(from.at(r, 0).cast(), width, m, to.at(r, 0).cast());
-                (k.row_scale)(to.at(r, 0).cast(), width, factor(m, sum));
-            }),
+            SoftmaxMethod::Online(tile) => {
+                let mut workspace = context.workspace();
+                let tiles = width.div_ceil(tile);
+                workspace.reserve(4 * count * tiles, 0, 1)?;
+                // The running maximum that each tile's exponentials were taken against.
+                let against = Rows { start: workspace.buffers(), dtype: DType::F32, stride: tiles };
+                threads.run(count, &|_, r| {
+                    let (mut m, mut sum) = (f32::NEG_INFINITY, 0f32);
+                    for i in 0..tiles {
+                        let n = tile.min(width - i * tile);
+                        let x = from.at(r, i * tile).cast();
+                        let top = (k.row_max)(x, n).max(m);
+                        let part = (k.row_exp)(x, n, top, to.at(r, i * tile).cast());
+                        sum = if m == f32::NEG_INFINITY { part } else { sum * (m - top).exp() + part };
+                        m = top;
+                        against.at(r, i).cast::<f32>().write(top);
+                    }
+                    for i in 0..tiles {
+                        let top = *against.at(r, i).cast::<f32>();
+                        let share = if top == f32::NEG_INFINITY { 1.0 } else { (top - m).exp() };
+                        (k.row_scale)(to.at(r, i * tile).cast(), tile.min(width - i * tile), share * factor(m, sum));
+                    }
+                });
+            }
         }
     }
     Ok(())
@@ -275,8 +294,8 @@ impl QkvWeights {
     pub fn pack(context: &Context, q: &TensorRef<'_>, k: &TensorRef<'_>, v: &TensorRef<'_>, dtype: DType) -> Result<Self> {
         let cpu = &context.0.cpu;
         let pack = |name: &str, w: &TensorRef<'_>| {
-            let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.lanes);
-            PackedMatrix::new(w, dtype, columns, cpu.kernels.lanes, &cpu.threads).map_err(|e| e.at(name))
+            let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.panel());
+            PackedMatrix::new(w, dtype, columns, cpu.kernels.panel(), &cpu.threads).map_err(|e| e.at(name))
         };
         let parts = [pack("q weight", q)?, pack("k weight", k)?, pack("v weight", v)?];
         let widths = [q, k, v].map(|w| w.shape()[1]);
@@ -320,9 +339,9 @@ pub fn qkv_projection(
         let to = rows_mut(out, w.n);
         segments.push(Segment { weights: w, bias: None, epilogue: Epilogue::Store { to, residual: None } });
     }
-    let row_tile = 10 * cpu.kernels.mr;
+    let row_tile = tokens.min(256).next_multiple_of(cpu.kernels.mr);
     let widest = segments.iter().map(|s| s.weights.tile_columns).max().unwrap_or(1);
-    let scratch_len = lawson_cpu::kernels::gemm::scratch_len(row_tile, widest, cpu.kernels.lanes);
+    let scratch_len = lawson_cpu::kernels::gemm::scratch_len(row_tile, widest, cpu.kernels.panel());
     let mut workspace = context.workspace();
     let scratch = workspace.reserve(tokens * k * 4, scratch_len * 4, cpu.threads.count())?;
     let packed = workspace.buffers().cast::<f32>();

@@ -13,7 +13,9 @@ use lawson::{
 use lawson_core::{
     DType, Result,
     data::{BlockData, Mask},
-    problem::{AttentionSpec, Lengths, Biases, BlockProblem, BlockSpec, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn},
+    problem::{
+        AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn,
+    },
     round_to,
 };
 use proptest::prelude::*;

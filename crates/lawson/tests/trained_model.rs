@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use lawson::{Args, AttentionBlock, Batch, BlockWeights, Checkpoint, Context, ContextOptions, DType, Isa, KvCache, Level, tensor_file::TensorFile};
+use lawson::{
+    Args, AttentionBlock, Batch, BlockWeights, Checkpoint, Context, ContextOptions, DType, Isa, KvCache, Level,
+    tensor_file::TensorFile,
+};
 
 fn folder() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiny-rust-llama")
@@ -10,8 +13,8 @@ fn folder() -> std::path::PathBuf {
 
 #[test]
 fn blocks_match_transformers() {
-    let checkpoint = Checkpoint::open(&folder()).expect("the model");
-    let golden = TensorFile::open(&folder().join("golden.safetensors")).expect("the golden file");
+    let checkpoint = Checkpoint::open(folder()).expect("the model");
+    let golden = TensorFile::open(folder().join("golden.safetensors")).expect("the golden file");
     let read = |name: &str| golden.tensor(name).expect("a golden tensor").as_ref().to_f32();
     for isa in Isa::available() {
         let context = Context::new(ContextOptions { isa: Some(isa), ..Default::default() }).expect("a context");

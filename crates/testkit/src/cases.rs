@@ -2,7 +2,9 @@
 
 use lawson_core::{
     DType,
-    problem::{AttentionSpec, Lengths, Biases, BlockProblem, BlockSpec, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn},
+    problem::{
+        AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn,
+    },
 };
 
 use crate::rng::Rng;

@@ -4,7 +4,7 @@ use lawson_core::{
     DType,
     data::{BlockData, Mask},
     oracle::Oracle,
-    problem::{Lengths, BlockProblem, MaskShape},
+    problem::{BlockProblem, Lengths, MaskShape},
     round_to,
 };
 

@@ -349,7 +349,8 @@ fn candle_program() -> Result<PathBuf> {
     found.ok_or_else(|| PeerKind::Candle.missing("its program is not built"))
 }
 
-fn scratch_folder() -> Result<PathBuf> {
+/// A new folder for files that a peer reads or writes; whoever asks removes it.
+pub fn scratch_folder() -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("lawson-peer-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let folder = std::env::temp_dir().join(name);

@@ -196,9 +196,10 @@ fn describe(row: &Row, without: Option<Along>) -> String {
         (Some(h), _) => Some(h.to_string()),
         _ => None,
     };
+    let word = if row.heads == Some(1) { "head" } else { "heads" };
     match (heads, row.head_dim) {
-        (Some(h), Some(d)) => parts.push(format!("{h} heads of {d}")),
-        (Some(h), None) => parts.push(format!("{h} heads")),
+        (Some(h), Some(d)) => parts.push(format!("{h} {word} of {d}")),
+        (Some(h), None) => parts.push(format!("{h} {word}")),
         (None, Some(d)) => parts.push(format!("D {d}")),
         (None, None) => {}
     }

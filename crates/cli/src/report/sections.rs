@@ -140,6 +140,23 @@ fn counts(row: &Row) -> Option<String> {
     all.iter().any(Option::is_some).then(|| text.join(" / "))
 }
 
+/// What all rows of a configuration remark.
+fn shared_note<'a>(config: &Config<'a>) -> Option<&'a str> {
+    let (first, rest) = config.rows.split_first()?;
+    first.note.as_deref().filter(|note| !rest.is_empty() && rest.iter().all(|r| r.note.as_deref() == Some(note)))
+}
+
+/// The rows' remarks, each once, for charts that have no place for them.
+pub fn remarks(rows: &[&Row]) -> Option<Block> {
+    let mut found: Vec<&str> = Vec::new();
+    for note in rows.iter().filter(|r| ms(r).is_some()).filter_map(|r| r.note.as_deref()) {
+        if !found.contains(&note) {
+            found.push(note);
+        }
+    }
+    (!found.is_empty()).then(|| Block::Text { text: format!("{}.", found.join("; ")) })
+}
+
 /// A table of the rows of each configuration, with the columns that some row fills.
 pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     type Column = (&'static str, fn(&Row) -> Option<String>);
@@ -157,7 +174,8 @@ pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     let filled: Vec<&Column> =
         columns.iter().filter(|(_, get)| configs.iter().flat_map(|c| &c.rows).any(|r| get(r).is_some())).collect();
     let speedups = configs.iter().any(|c| c.rows.iter().any(|r| c.speedup(r).is_some()));
-    let notes = configs.iter().flat_map(|c| &c.rows).any(|r| r.note.is_some() || r.same_as.is_some());
+    let own = |c: &Config<'_>, r: &Row| r.note.clone().filter(|_| shared_note(c).is_none());
+    let notes = configs.iter().any(|c| c.rows.iter().any(|r| own(c, r).is_some() || r.same_as.is_some()));
     let mut head = vec!["level"];
     head.extend(filled.iter().map(|(title, _)| *title).take(1));
     head.extend(speedups.then_some("#speedup"));
@@ -165,7 +183,10 @@ pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     head.extend(notes.then_some("note"));
     let mut table = Table::new(caption, &head);
     for config in configs {
-        table.group(&config.name);
+        match shared_note(config) {
+            Some(note) => table.group(&format!("{} — {note}", config.name)),
+            None => table.group(&config.name),
+        }
         for row in &config.rows {
             let cell = |get: fn(&Row) -> Option<String>| get(row).unwrap_or_else(|| format::NONE.to_owned());
             let mut cells = vec![name(row)];
@@ -173,7 +194,7 @@ pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
             cells.extend(speedups.then(|| or_dash(config.speedup(row), format::factor)));
             cells.extend(filled.iter().skip(1).map(|(_, get)| cell(*get)));
             let same = row.same_as.as_ref().map(|s| format!("same plan as {s}"));
-            let note: Vec<String> = same.into_iter().chain(row.note.clone()).collect();
+            let note: Vec<String> = same.into_iter().chain(own(config, row)).collect();
             cells.extend(notes.then(|| note.join("; ")));
             table.row(&style(row, &run.peers).class, cells);
         }

@@ -6,7 +6,7 @@ use super::axis::Spread;
 use super::format;
 use super::model::{Along, configs, sweeps};
 use super::page::{Block, Section};
-use super::sections::{MEMORY, Quantity, Run, TIME, absent, over, payoffs, real, speed_and_memory, sweep_blocks, table};
+use super::sections::{MEMORY, Quantity, Run, TIME, absent, over, payoffs, real, remarks, speed_and_memory, sweep_blocks, table};
 
 const BANDWIDTH: Quantity = Quantity {
     title: "Cache bandwidth",
@@ -90,6 +90,10 @@ fn attention(run: &Run<'_>) -> Section {
         let swept = |row: &Row| found.iter().flat_map(|s| &s.series).flat_map(|t| &t.rows).any(|r| std::ptr::eq(*r, row));
         let rest: Vec<&Row> = rows.iter().copied().filter(|r| !swept(r)).collect();
         let mut blocks = sweep_blocks(&found);
+        if !found.is_empty() {
+            let unfused: Vec<&Row> = rows.iter().copied().filter(|r| r.level == "unfused").collect();
+            blocks.extend(remarks(&unfused));
+        }
         if !rest.is_empty() {
             blocks.extend(bars_and_table(run, &rest));
         }
@@ -133,6 +137,8 @@ fn throughput(run: &Run<'_>) -> Section {
         }
         if found.is_empty() {
             blocks.extend(bars_and_table(run, rows));
+        } else {
+            blocks.extend(remarks(rows));
         }
         blocks
     })

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    AttentionProblem, AttentionSpec, Lengths, Biases, BlockProblem, BlockSpec, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec,
-    Yarn,
+    AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling,
+    RopeSpec, Yarn,
 };
 use crate::{DType, Error, Result};
 

@@ -186,7 +186,16 @@ unsafe fn dots<S: Simd, T: Elem>(s: S, q: *const f32, group: usize, d: usize, k:
 /// acc[r] += Σ p[r, j] · v[j] for all heads of the group.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn weigh<S: Simd, T: Elem>(s: S, p: *const f32, group: usize, n: usize, v: *const T, stride: usize, acc: *mut f32, width: usize) {
+unsafe fn weigh<S: Simd, T: Elem>(
+    s: S,
+    p: *const f32,
+    group: usize,
+    n: usize,
+    v: *const T,
+    stride: usize,
+    acc: *mut f32,
+    width: usize,
+) {
     let mut column0 = 0;
     while column0 < width {
         let vectors = if column0 + 2 * S::LANES <= width { 2 } else { 1 };
@@ -205,4 +214,3 @@ unsafe fn weigh<S: Simd, T: Elem>(s: S, p: *const f32, group: usize, n: usize, v
         column0 += vectors * S::LANES;
     }
 }
-

@@ -203,7 +203,8 @@ pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, s
     let lanes = queries * group;
     let full = 2 * S::LANES;
     let strips = lanes.div_ceil(full);
-    let of_lane = |lane: usize| (item.kv_head * group + lane / queries, item.queries.start + lane % queries, item.row + lane % queries);
+    let of_lane =
+        |lane: usize| (item.kv_head * group + lane / queries, item.queries.start + lane % queries, item.row + lane % queries);
 
     let strip_len = full * (2 * d + 4);
     let scores = scratch.wrapping_add(strips * strip_len);
@@ -273,7 +274,8 @@ pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, s
         let mut t = start / tile;
         while t * tile < end {
             let rows = (t * tile).max(start)..((t + 1) * tile).min(end);
-            let (mut k, mut v, mut stride) = (a.cache.k_row(b, item.kv_head, rows.start), a.cache.v_row(b, item.kv_head, rows.start), a.cache.row_stride);
+            let (mut k, mut v, mut stride) =
+                (a.cache.k_row(b, item.kv_head, rows.start), a.cache.v_row(b, item.kv_head, rows.start), a.cache.row_stride);
             if converted > 0 {
                 let bytes = a.cache.row_stride * a.cache.dtype.size();
                 for j in 0..rows.len() {
@@ -289,7 +291,8 @@ pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, s
                 if lo >= hi {
                     continue;
                 }
-                let (skip_k, skip_v) = (k.cast::<f32>().add((lo - rows.start) * stride), v.cast::<f32>().add((lo - rows.start) * stride));
+                let (skip_k, skip_v) =
+                    (k.cast::<f32>().add((lo - rows.start) * stride), v.cast::<f32>().add((lo - rows.start) * stride));
                 let masks = |lane: usize| {
                     let (head, index, _) = of_lane(i * full + lane);
                     a.mask.map(|m| m.row(b, head, index))
@@ -353,7 +356,16 @@ unsafe fn attend_tile<S: Simd>(
             }
             masked = !all;
         }
-        let product = Tile { k: d, a: k, a_stride: stride, b: strip.q.cast_const(), b_stride: width, c: scores, c_stride: width, accumulate: false };
+        let product = Tile {
+            k: d,
+            a: k,
+            a_stride: stride,
+            b: strip.q.cast_const(),
+            b_stride: width,
+            c: scores,
+            c_stride: width,
+            accumulate: false,
+        };
         column::<S, f32, false>(s, n, vectors, product);
         let low = if a.spec.causal && rows.end > strip.low + 1 { Some(()) } else { None };
         let window = a.spec.window.filter(|&w| rows.start + w <= strip.high);
@@ -425,7 +437,16 @@ unsafe fn attend_tile<S: Simd>(
                 }
             }
         }
-        let product = Tile { k: n, a: v, a_stride: stride, b: scores.cast_const(), b_stride: width, c: strip.o, c_stride: width, accumulate: true };
+        let product = Tile {
+            k: n,
+            a: v,
+            a_stride: stride,
+            b: scores.cast_const(),
+            b_stride: width,
+            c: strip.o,
+            c_stride: width,
+            accumulate: true,
+        };
         column::<S, f32, true>(s, d, vectors, product);
     }
 }

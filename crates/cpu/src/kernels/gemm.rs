@@ -11,15 +11,15 @@ use super::{
     norm::{inverse_rms, normalize},
     rope::rotate,
     rows::{CacheRows, Place, Rows, load_row, load_vector, places, store_row, with_elem},
-    tile::{Tile, column},
+    tile::{Tile, UNROLL, column_fetching},
 };
 use crate::simd::{Elem, Simd};
 
 /// Steps of k between visits to the scratch tile.
 pub const STEP: usize = 256;
 
-/// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of up to 2·LANES outputs, padded with
-/// zeros to whole vectors; a panel holds its outputs of step 0, then of step 1 and so on.
+/// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of 2·LANES outputs, padded with
+/// zeros to whole panels; a panel holds its outputs of step 0, then of step 1 and so on.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights {
     /// First element.
@@ -41,7 +41,7 @@ impl Weights {
     }
 }
 
-/// Prologue: packs x as [group of MR rows][k][rows of the group].
+/// Prologue: packs x as `[group of MR rows][k][rows of the group]`.
 #[derive(Clone, Copy)]
 pub struct PackX {
     /// [T, k].
@@ -183,8 +183,8 @@ impl Gemm<'_> {
 }
 
 /// f32 of scratch for a GEMM of these shapes.
-pub const fn scratch_len(row_tile: usize, tile_columns: usize, lanes: usize) -> usize {
-    row_tile * tile_columns.next_multiple_of(lanes)
+pub const fn scratch_len(row_tile: usize, tile_columns: usize, panel: usize) -> usize {
+    row_tile * tile_columns.next_multiple_of(panel)
 }
 
 /// Computes one work item.
@@ -193,25 +193,25 @@ pub const fn scratch_len(row_tile: usize, tile_columns: usize, lanes: usize) -> 
 #[inline(always)]
 pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) {
     let groups = g.rows.div_ceil(g.row_tile);
-    let (mut tile, group) = (item / groups, item % groups);
+    let (mut column_tile, group) = (item / groups, item % groups);
     let mut segment = &g.segments[0];
     for candidate in g.segments {
         segment = candidate;
-        if tile < candidate.weights.tiles() {
+        if column_tile < candidate.weights.tiles() {
             break;
         }
-        tile -= candidate.weights.tiles();
+        column_tile -= candidate.weights.tiles();
     }
     let w = segment.weights;
     let row0 = group * g.row_tile;
     let rows = g.row_tile.min(g.rows - row0);
-    let column0 = tile * w.tile_columns;
+    let column0 = column_tile * w.tile_columns;
     let columns = w.tile_columns.min(w.n - column0);
-    let padded = columns.next_multiple_of(S::LANES);
+    let padded = columns.next_multiple_of(2 * S::LANES);
     // SAFETY: the caller's; offsets follow the packed layout.
     unsafe {
         with_elem!(w.dtype, T => {
-            let start = w.start.cast::<T>().add(tile * w.tile_columns.next_multiple_of(S::LANES) * w.k);
+            let start = w.start.cast::<T>().add(column_tile * w.tile_columns.next_multiple_of(2 * S::LANES) * w.k);
             product::<S, T>(s, g.packed.add(row0 * w.k), rows, w.k, start, padded, scratch)
         });
         if let Some(bias) = segment.bias {
@@ -253,22 +253,33 @@ pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) 
     }
 }
 
-/// C[rows, padded] = packed x · one column tile.
+/// C[rows, padded] = packed x · one column tile. Each register tile fetches a share of the next weight panel and of its own next
+/// steps of x, so that neither is waited for.
 #[inline(always)]
 unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, w: *const T, padded: usize, c: *mut f32) {
+    let width = 2 * S::LANES;
+    let (panels, groups) = (padded / width, rows.div_ceil(S::MR));
     let mut k0 = 0;
     while k0 < k {
         let steps = STEP.min(k - k0);
-        let mut column0 = 0;
-        while column0 < padded {
-            let width = (2 * S::LANES).min(padded - column0);
+        for panel in 0..panels {
+            let column0 = panel * width;
             let b = w.wrapping_add(column0 * k + k0 * width);
-            let mut r = 0;
-            while r < rows {
+            // The next panel, the next steps of the first one, or the tile that follows.
+            let next = match (panel + 1 < panels, k0 + steps < k) {
+                (true, _) => b.wrapping_add(k * width),
+                (false, true) => w.wrapping_add((k0 + steps) * width),
+                (false, false) => w.wrapping_add(padded * k),
+            };
+            let b_share = (UNROLL * width * size_of::<T>()).div_ceil(groups);
+            for group in 0..groups {
+                let r = group * S::MR;
                 let n = S::MR.min(rows - r);
+                let a = x.wrapping_add(r * k + k0 * n);
+                let a_share = (UNROLL * 4 * n).div_ceil(panels);
                 let t = Tile {
                     k: steps,
-                    a: x.wrapping_add(r * k + k0 * n),
+                    a,
                     a_stride: n,
                     b,
                     b_stride: width,
@@ -276,11 +287,14 @@ unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, 
                     c_stride: padded,
                     accumulate: k0 > 0,
                 };
-                // SAFETY: the packed layouts: n rows of x side by side, `width` columns of the panel side by side.
-                unsafe { column::<S, T, true>(s, n, width / S::LANES, t) };
-                r += n;
+                let x_next = if k0 + steps < k { a.wrapping_add(steps * n) } else { x.wrapping_add(r * k) };
+                let fetch = [
+                    (next.cast::<u8>().wrapping_add(group * b_share * steps / UNROLL), b_share),
+                    (x_next.cast::<u8>().wrapping_add(panel * a_share * steps / UNROLL), a_share),
+                ];
+                // SAFETY: the packed layouts: n rows of x side by side, the panel's columns side by side.
+                unsafe { column_fetching::<S, T>(s, n, t, fetch) };
             }
-            column0 += width;
         }
         k0 += steps;
     }

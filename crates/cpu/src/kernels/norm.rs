@@ -48,7 +48,15 @@ pub unsafe fn normalize<S: Simd>(s: S, x: *mut f32, weight: *const f32, n: usize
 /// # Safety
 /// Row `row` of `from` is readable and of `to` writable as `n` elements, `weight` readable and `scratch` writable as `n` f32.
 #[inline(always)]
-pub unsafe fn norm_row<S: Simd>(s: S, from: Rows, to: Rows, row: usize, weight: *const f32, n: usize, eps: f64, scratch: *mut f32) {
+pub unsafe fn norm_row<S: Simd>(
+    s: S,
+    from: Rows,
+    to: Rows,
+    row: usize,
+    (weight, eps): (*const f32, f64),
+    n: usize,
+    scratch: *mut f32,
+) {
     // SAFETY: the caller's.
     unsafe {
         load_row(s, from.dtype, from.at(row, 0), scratch, n);

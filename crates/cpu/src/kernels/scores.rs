@@ -178,7 +178,8 @@ pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratc
         unsafe {
             let (v, stride) = tile_f32(s, cache, cache.v_row(strip.sequence, strip.head / group, start), n, d, scratch);
             let b = strip.scores.add(start * width).cast_const();
-            let product = Tile { k: n, a: v, a_stride: stride, b, b_stride: width, c: strip.o, c_stride: width, accumulate: start > 0 };
+            let product =
+                Tile { k: n, a: v, a_stride: stride, b, b_stride: width, c: strip.o, c_stride: width, accumulate: start > 0 };
             column::<S, f32, true>(s, d, 2, product);
         }
     }

@@ -7,7 +7,6 @@
 
 use crate::simd::{Elem, Simd};
 
-
 /// Operands of one register tile.
 #[derive(Clone, Copy)]
 pub struct Tile<B> {
@@ -29,8 +28,21 @@ pub struct Tile<B> {
     pub accumulate: bool,
 }
 
+/// f32 of a cache line.
+const LINE: usize = 16;
+
+/// Steps of the unrolled loop.
+pub const UNROLL: usize = 4;
+
+/// Memory that later tiles read, fetched into second-level cache a line at every [`UNROLL`] steps: start, and bytes between lines.
+pub type Fetch = [(*const u8, usize); 2];
+
 #[inline(always)]
-unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_ADJACENT: bool>(s: S, t: Tile<B>) {
+unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_ADJACENT: bool, const FETCH: bool>(
+    s: S,
+    t: Tile<B>,
+    [mut weights, mut x]: Fetch,
+) {
     let mut acc = [[s.splat(0.0); NV]; M];
     // SAFETY: the caller's: every pointer below stays within A [M, k], B [k, NV·LANES] or C [M, NV·LANES].
     unsafe {
@@ -42,19 +54,44 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
             }
         }
         let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.k {
-            let mut bv = [s.splat(0.0); NV];
-            for (j, v) in bv.iter_mut().enumerate() {
-                *v = B::load(s, b.add(j * S::LANES));
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let x = s.splat(*a.add(if ROWS_ADJACENT { i } else { i * t.a_stride }));
-                for (v, bv) in row.iter_mut().zip(bv) {
-                    *v = s.fma(x, bv, *v);
+        macro_rules! step {
+            () => {
+                let mut bv = [s.splat(0.0); NV];
+                for (j, v) in bv.iter_mut().enumerate() {
+                    *v = B::load(s, b.add(j * S::LANES));
                 }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let a = s.splat(*a.add(if ROWS_ADJACENT { i } else { i * t.a_stride }));
+                    for (v, bv) in row.iter_mut().zip(bv) {
+                        *v = s.fma(a, bv, *v);
+                    }
+                }
+                a = a.wrapping_add(if ROWS_ADJACENT { t.a_stride } else { 1 });
+                b = b.wrapping_add(t.b_stride);
+            };
+        }
+        // Only the full tile of a GEMM is unrolled: the others run once for each edge, and code is dear.
+        let unrolled = if FETCH && M == S::MR { t.k / UNROLL } else { 0 };
+        for _ in 0..unrolled {
+            if FETCH {
+                s.fetch(weights.0);
+                s.fetch(x.0);
+                weights.0 = weights.0.wrapping_add(weights.1);
+                x.0 = x.0.wrapping_add(x.1);
             }
-            a = a.wrapping_add(if ROWS_ADJACENT { t.a_stride } else { 1 });
-            b = b.wrapping_add(t.b_stride);
+            step!();
+            step!();
+            step!();
+            step!();
+        }
+        let mut near = if ROWS_ADJACENT { a.wrapping_add(2 * M - 1) } else { a.wrapping_add(M * t.a_stride) };
+        for _ in 0..t.k - unrolled * UNROLL {
+            if !FETCH && M == S::MR {
+                // The rows of A that the next tile reads.
+                s.fetch_near(near.cast());
+                near = near.wrapping_add(if ROWS_ADJACENT { t.a_stride } else { LINE });
+            }
+            step!();
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, v) in row.iter().enumerate() {
@@ -64,41 +101,56 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
     }
 }
 
-/// Runs a tile of `rows` ≤ MR rows and `vectors` (1 or 2) vectors of columns.
+/// C[m, vectors·LANES] (+)= A · B for any m and 1 or 2 vectors: full register tiles, then ever smaller ones.
 ///
 /// # Safety
-/// A is readable as [rows, k], B as [k, vectors·LANES], C writable (and readable, when accumulating) as [rows, vectors·LANES].
+/// A is readable as [m, k], B as [k, vectors·LANES], C writable (and readable, when accumulating) as [m, vectors·LANES].
 #[inline(always)]
-pub unsafe fn tile<S: Simd, B: Elem, const ROWS_ADJACENT: bool>(s: S, rows: usize, vectors: usize, t: Tile<B>) {
-    macro_rules! by_rows {
-        ($nv:literal: $($m:literal),*) => {
-            match rows {
-                // SAFETY: the caller's.
-                $($m if $m <= S::MR => unsafe { exact::<S, B, $m, $nv, ROWS_ADJACENT>(s, t) },)*
-                _ => unreachable!("a register tile of {rows} rows"),
-            }
-        };
-    }
-    if vectors == 2 {
-        by_rows!(2: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
-    } else {
-        by_rows!(1: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+pub unsafe fn column<S: Simd, B: Elem, const ROWS_ADJACENT: bool>(s: S, m: usize, vectors: usize, t: Tile<B>) {
+    // SAFETY: the caller's.
+    unsafe {
+        if vectors == 2 {
+            rows::<S, B, 2, ROWS_ADJACENT, false>(s, m, t, [(std::ptr::null(), 0); 2]);
+        } else {
+            rows::<S, B, 1, ROWS_ADJACENT, false>(s, m, t, [(std::ptr::null(), 0); 2]);
+        }
     }
 }
 
-/// C[m, vectors·LANES] (+)= A · B for any m, one register tile after another.
+/// C[m, 2·LANES] (+)= A · B with adjacent rows of A, asking for what `fetch` names on the way.
 ///
 /// # Safety
-/// As [`tile`], for m rows.
+/// As [`column`].
 #[inline(always)]
-pub unsafe fn column<S: Simd, B: Elem, const ROWS_ADJACENT: bool>(s: S, m: usize, vectors: usize, t: Tile<B>) {
+pub unsafe fn column_fetching<S: Simd, B: Elem>(s: S, m: usize, t: Tile<B>, fetch: Fetch) {
+    // SAFETY: the caller's.
+    unsafe { rows::<S, B, 2, true, true>(s, m, t, fetch) }
+}
+
+#[inline(always)]
+unsafe fn rows<S: Simd, B: Elem, const NV: usize, const ROWS_ADJACENT: bool, const FETCH: bool>(
+    s: S,
+    m: usize,
+    t: Tile<B>,
+    fetch: Fetch,
+) {
     let mut i = 0;
     while i < m {
-        let rows = S::MR.min(m - i);
         let a = t.a.wrapping_add(if ROWS_ADJACENT { i } else { i * t.a_stride });
-        // SAFETY: rows i .. i + rows of A and C lie within what the caller vouches for.
-        unsafe { tile::<S, B, ROWS_ADJACENT>(s, rows, vectors, Tile { a, c: t.c.wrapping_add(i * t.c_stride), ..t }) };
-        i += rows;
+        let t = Tile { a, c: t.c.wrapping_add(i * t.c_stride), ..t };
+        macro_rules! largest {
+            ($($rows:literal),*) => {
+                match m - i {
+                    // SAFETY: rows i .. i + $rows of A and C lie within what the caller vouches for.
+                    $(left if $rows <= S::MR && $rows <= left => unsafe {
+                        exact::<S, B, $rows, NV, ROWS_ADJACENT, FETCH>(s, t, fetch);
+                        i += $rows;
+                    },)*
+                    _ => unreachable!("1 row always fits"),
+                }
+            };
+        }
+        largest!(12, 8, 6, 4, 2, 1);
     }
 }
 

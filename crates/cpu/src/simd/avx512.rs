@@ -61,6 +61,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn fetch(self, p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
+    fn fetch_near(self, p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn splat(self, v: f32) -> __m512 {
         // SAFETY: the token proves AVX-512 F.
         unsafe { _mm512_set1_ps(v) }

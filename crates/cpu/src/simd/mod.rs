@@ -55,6 +55,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// As [`Simd::store`].
     unsafe fn store_f16(self, p: *mut f16, v: Self::F);
 
+    /// Asks for the cache line at `p`, which may be any address, in second-level cache.
+    fn fetch(self, p: *const u8);
+    /// Asks for the cache line at `p`, which may be any address, in first-level cache.
+    fn fetch_near(self, p: *const u8);
     /// a + b.
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     /// a − b.

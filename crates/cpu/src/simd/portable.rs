@@ -22,6 +22,10 @@ impl Simd for Portable {
     type F = V;
 
     #[inline(always)]
+    fn fetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn fetch_near(self, _: *const u8) {}
+    #[inline(always)]
     fn splat(self, v: f32) -> V {
         [v; N]
     }

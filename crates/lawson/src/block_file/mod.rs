@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, path::Path};
 use lawson_core::{
     DType, Error, Result, TensorRef,
     data::{BlockData, Mask},
-    problem::{Lengths, Biases, BlockProblem, BlockSpec, MaskShape},
+    problem::{Biases, BlockProblem, BlockSpec, Lengths, MaskShape},
     round_to,
 };
 pub use write::{write_block_file, write_output};

@@ -1,0 +1,72 @@
+//! What several commands take.
+
+use clap::Args;
+use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result};
+
+/// Flags of every command.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Every command")]
+pub struct Global {
+    /// Where to compute: auto (the best of this machine), cpu, cuda or cuda:N
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
+    /// CPU threads [default: as many as the process may use]
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Show no progress on stderr
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// Print one JSON document on stdout, and nothing else there
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Global {
+    /// The context that the flags ask for, on the instruction set of `LAWSON_ISA` or the widest there is.
+    pub fn context(&self) -> Result<Context> {
+        self.context_on(None)
+    }
+
+    /// As [`Global::context`], on `isa`.
+    pub fn context_on(&self, isa: Option<Isa>) -> Result<Context> {
+        Context::new(ContextOptions { device: self.device, threads: self.threads, isa })
+    }
+}
+
+/// A choice that may be left to the program.
+#[derive(Clone, Copy, Debug)]
+pub struct Auto<T>(pub Option<T>);
+
+/// Reads `auto` or a level of fusion.
+pub fn level(s: &str) -> Result<Auto<Level>, String> {
+    let accepted = "accepted: auto, unfused, minimal, moderate, maximal";
+    one_of(s).ok_or_else(|| accepted.to_string())
+}
+
+/// Reads `auto` or a dtype.
+pub fn dtype(s: &str) -> Result<Auto<DType>, String> {
+    one_of(s).ok_or_else(|| "accepted: auto, f32, bf16, f16".to_string())
+}
+
+/// Reads `auto` or the dtype of a cache.
+pub fn kv_dtype(s: &str) -> Result<Auto<DType>, String> {
+    dtype(s).map_err(|accepted| planned(s, &["int8", "int4", "fp8"], &accepted))
+}
+
+/// How weights are held: in the compute dtype, which is all there is yet.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightKind;
+
+/// Reads how weights are held.
+pub fn weights(s: &str) -> Result<WeightKind, String> {
+    if s == "auto" { Ok(WeightKind) } else { Err(planned(s, &["int8"], "accepted: auto")) }
+}
+
+fn one_of<T: std::str::FromStr>(s: &str) -> Option<Auto<T>> {
+    if s == "auto" { Some(Auto(None)) } else { s.parse().ok().map(|v| Auto(Some(v))) }
+}
+
+/// `accepted`, with a word for names that only a later version takes.
+fn planned(s: &str, later: &[&str], accepted: &str) -> String {
+    if later.contains(&s) { format!("not available in this version; {accepted}") } else { accepted.to_string() }
+}

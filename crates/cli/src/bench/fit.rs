@@ -1,0 +1,105 @@
+//! Whether a configuration fits in memory and time, and how far its batch is scaled down where it does not.
+
+use std::fs;
+
+use lawson::{Error, Level, Result, machine};
+
+use super::{
+    session::Session,
+    specs::{Case, Shape, Study},
+};
+use crate::output;
+
+/// Seconds that one call of a preset's configuration may take at the measured limits.
+const LONGEST_CALL: f64 = 2.0;
+/// Share of the available memory that a preset's configuration may take.
+const SHARE: f64 = 0.6;
+
+/// Bytes that no machine has.
+const TOO_LARGE: f64 = (1u64 << 46) as f64;
+
+/// Bytes that can be had now, where the system tells.
+fn available() -> Option<f64> {
+    let info = fs::read_to_string("/proc/meminfo").ok();
+    let line = info.as_deref().and_then(|i| i.lines().find_map(|l| l.strip_prefix("MemAvailable:")));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<usize>().ok());
+    kib.map(|k| k * 1024).or_else(machine::memory_bytes).map(|n| n as f64)
+}
+
+/// Levels whose plans a configuration runs.
+fn levels(session: &Session, case: &Case) -> Vec<Level> {
+    if case.study == Study::Attention { vec![Level::Unfused] } else { session.levels.clone() }
+}
+
+/// Bytes that measuring takes at most, about: our copies of the inputs, the packed block, the cache, the largest workspace.
+fn bytes(session: &Session, case: &Case) -> Result<f64> {
+    let s = &case.shape;
+    let (q, kv) = ((s.heads * s.head_dim) as f64, (s.kv_heads * s.head_dim) as f64);
+    let (t, rows) = ((s.batch * s.seq) as f64, (s.batch * (s.past + s.seq)) as f64);
+    let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.size() as f64);
+    let weights = s.hidden as f64 * (2.0 * q + 2.0 * kv) * (4.0 + size);
+    let cache = 2.0 * rows * kv * (8.0 + kv_size);
+    Ok(match case.study {
+        Study::Softmax => t * s.heads as f64 * (s.past + s.seq) as f64 * 12.0,
+        Study::Rope => t * q * 20.0,
+        Study::Decode => cache + t * q * 20.0,
+        Study::Qkv if case.variant == Some("alone") => weights + t * (s.hidden as f64 + q + 2.0 * kv) * 12.0,
+        _ => {
+            // Sizes that no plan could count come out here.
+            let scores = t * s.heads as f64 * (s.past + s.seq) as f64 * 4.0;
+            if scores > TOO_LARGE && levels(session, case).iter().any(|&l| l <= Level::Minimal) {
+                return Ok(scores);
+            }
+            let mut peak = 0;
+            for level in levels(session, case) {
+                peak = session.context.plan(&s.problem(), Some(level))?.peak_bytes().max(peak);
+            }
+            weights + cache + t * (s.hidden as f64 + q) * 16.0 + peak as f64
+        }
+    })
+}
+
+/// Seconds of a call at the machine's limits, about.
+fn seconds(session: &Session, case: &Case) -> f64 {
+    let s = &case.shape;
+    let of_bytes = |n: f64| n / session.bandwidth;
+    match case.study {
+        Study::Softmax => of_bytes((s.batch * s.heads * s.seq * (s.past + s.seq)) as f64 * 8.0),
+        Study::Rope => of_bytes((s.batch * s.seq * s.heads * s.head_dim) as f64 * 8.0),
+        _ => {
+            let problem = s.problem();
+            (problem.flops() / session.peak_flops).max(of_bytes(problem.compulsory_bytes()))
+        }
+    }
+}
+
+/// A preset's configuration, its batch halved until it fits; the note says so.
+pub fn scaled(session: &Session, mut case: Case) -> Result<Case> {
+    let (whole, memory) = (case.shape.batch, available().map_or(f64::INFINITY, |n| n * SHARE));
+    let mut why = "";
+    loop {
+        let (long, large) = (seconds(session, &case) > LONGEST_CALL, bytes(session, &case)? > memory);
+        if !(long || large) || case.shape.batch == 1 {
+            break;
+        }
+        why = if large { "memory" } else { "time" };
+        case.shape = Shape { batch: case.shape.batch / 2, ..case.shape };
+    }
+    if case.shape.batch != whole {
+        case.notes.push(format!("batch {whole} scaled down to {} for {why}", case.shape.batch));
+    }
+    Ok(case)
+}
+
+/// Checks that a shape that was asked for fits in memory.
+///
+/// # Errors
+/// `InvalidInput`, with what it takes and what there is.
+pub fn check(session: &Session, case: &Case) -> Result<()> {
+    let (need, have) = (bytes(session, case)?, available().unwrap_or(f64::INFINITY));
+    if need > have {
+        let (need, have) = (output::bytes(need as usize), output::bytes(have as usize));
+        return Err(Error::invalid(format!("{}: measuring takes about {need} of memory, {have} are available", case.name())));
+    }
+    Ok(())
+}

@@ -1,0 +1,282 @@
+//! `lawson bench`: verifies, times, prints tables and writes a report.
+
+mod fit;
+mod inputs;
+mod machine;
+mod measure;
+mod parallel;
+pub mod peak;
+mod peer_rows;
+mod peers;
+pub mod record;
+mod rows;
+mod session;
+mod specs;
+mod statistics;
+mod studies;
+mod table;
+mod verify;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use lawson::{Context, DType, Error, ErrorKind, Level, Result};
+
+use crate::{args::Global, output, report};
+use measure::Budget;
+use peers::PeerKind;
+use record::{Results, Row};
+use session::Session;
+use specs::{Preset, Shape, Study};
+
+const AFTER_HELP: &str = "\
+Examples:
+  lawson bench
+  lawson bench attention --preset article
+  lawson bench block --seq 1 --past 4096 --hidden 4096 --heads 32 --kv-heads 8 --dtype bf16
+  lawson bench all --peers torch,ort --out report
+
+Writes index.html, which needs no other file, and results.json.";
+
+/// Verify and time the block and its parts at each level of fusion, and write a report
+#[derive(clap::Args, Clone, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum, default_value_t = Study::All)]
+    study: Study,
+    /// Which sizes
+    #[arg(long, value_enum, default_value_t = Preset::Quick)]
+    preset: Preset,
+    /// Folder for the report
+    #[arg(long, value_name = "DIR", default_value = "lawson-report")]
+    out: PathBuf,
+    /// Levels of fusion: unfused, minimal, moderate, maximal [default: all]
+    #[arg(long, value_name = "LEVEL,…", value_delimiter = ',')]
+    levels: Vec<Level>,
+    /// Other engines to measure in the same run: torch, ort, candle
+    #[arg(long, value_name = "PEER,…", value_delimiter = ',')]
+    peers: Vec<PeerKind>,
+    /// Memory for which throughput counts sequences, in bytes or as 512MiB, 8GiB
+    #[arg(long, value_name = "BYTES", default_value = "4GiB", value_parser = parse_bytes)]
+    memory: u64,
+    #[command(flatten)]
+    shape: ShapeArgs,
+}
+
+/// One shape instead of a preset's.
+#[derive(clap::Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "One shape instead of a preset's")]
+struct ShapeArgs {
+    /// Sequences [default: 1]
+    #[arg(long, value_name = "B", conflicts_with = "preset")]
+    batch: Option<usize>,
+    /// New tokens of each sequence [default: 1024]
+    #[arg(long, value_name = "S", conflicts_with = "preset")]
+    seq: Option<usize>,
+    /// Tokens that are in the cache before the call [default: 0]
+    #[arg(long, value_name = "P", conflicts_with = "preset")]
+    past: Option<usize>,
+    /// Width of x and y [default: heads times head width, or 1024]
+    #[arg(long, value_name = "E", conflicts_with = "preset")]
+    hidden: Option<usize>,
+    /// Query heads [default: hidden size over head width]
+    #[arg(long, value_name = "H", conflicts_with = "preset")]
+    heads: Option<usize>,
+    /// Key/value heads [default: as many as query heads]
+    #[arg(long, value_name = "G", conflicts_with = "preset")]
+    kv_heads: Option<usize>,
+    /// Width of a head [default: 128]
+    #[arg(long, value_name = "D", conflicts_with = "preset")]
+    head_dim: Option<usize>,
+    /// Compute type: f32, bf16 or f16 [default: f32]
+    #[arg(long, value_name = "TYPE", conflicts_with = "preset")]
+    dtype: Option<DType>,
+    /// Whether a token sees only those before it: true or false [default: true]
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, conflicts_with = "preset")]
+    causal: Option<bool>,
+}
+
+impl ShapeArgs {
+    /// The shape, when any of it was given.
+    fn shape(&self) -> Result<Option<Shape>> {
+        let sizes = [self.batch, self.seq, self.past, self.hidden, self.heads, self.kv_heads, self.head_dim];
+        if sizes.iter().all(Option::is_none) && self.dtype.is_none() && self.causal.is_none() {
+            return Ok(None);
+        }
+        // What was given is checked before what follows from it.
+        let given = [
+            ("--batch", self.batch),
+            ("--seq", self.seq),
+            ("--hidden", self.hidden),
+            ("--heads", self.heads),
+            ("--kv-heads", self.kv_heads),
+            ("--head-dim", self.head_dim),
+        ];
+        given.iter().filter_map(|&(flag, n)| Some((flag, n?))).try_for_each(|(flag, n)| specs::check_size(flag, n))?;
+        let head_dim = self.head_dim.unwrap_or(128);
+        let heads = self.heads.unwrap_or_else(|| (self.hidden.unwrap_or(1024) / head_dim.max(1)).max(1));
+        let dtype = self.dtype.unwrap_or(DType::F32);
+        let shape = Shape {
+            batch: self.batch.unwrap_or(1),
+            seq: self.seq.unwrap_or(1024),
+            past: self.past.unwrap_or(0),
+            hidden: self.hidden.unwrap_or_else(|| heads.saturating_mul(head_dim)),
+            heads,
+            kv_heads: self.kv_heads.unwrap_or(heads),
+            head_dim,
+            dtype,
+            kv_dtype: dtype,
+            causal: self.causal.unwrap_or(true),
+            rope: true,
+        };
+        shape.validate().map(|()| Some(shape))
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<u64> {
+    let bad = || Error::invalid(format!("{text:?} is no amount of memory; write bytes, or 512MiB, 8GiB"));
+    let units = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1u64 << 40), ("", 1)];
+    let (digits, unit) = units.iter().find_map(|(name, n)| Some((text.strip_suffix(name)?, *n))).ok_or_else(bad)?;
+    let amount: u64 = digits.trim().parse().map_err(|_| bad())?;
+    amount.checked_mul(unit).filter(|&n| n > 0).ok_or_else(bad)
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// `InvalidInput` for a shape that is wrong or does not fit and for a folder that cannot be written, before anything is measured;
+/// `Cancelled` on Ctrl-C. A result that is wrong is exit code 1, after the report was written.
+pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
+    let shape = args.shape.shape()?;
+    let context = global.context()?;
+    check_writable(&args.out)?;
+    let session = start(args, global, context, shape.is_some());
+    let cases = match shape {
+        Some(shape) => specs::explicit(args.study, shape),
+        None => specs::preset(args.study, args.preset),
+    };
+    if shape.is_some() {
+        cases.iter().try_for_each(|case| fit::check(&session, case))?;
+    }
+    let session = Session { bar: output::progress(cases.len(), "bench", global), ..limits(session)? };
+    let mut results = Results {
+        lawson: env!("CARGO_PKG_VERSION").to_owned(),
+        machine: machine::describe(&session.context, session.peak_flops, session.bandwidth),
+        results: Vec::new(),
+    };
+    let mut study_rows: Vec<Row> = Vec::new();
+    for (i, case) in cases.iter().enumerate() {
+        session.check()?;
+        let case = if shape.is_some() { case.clone() } else { fit::scaled(&session, case.clone())? };
+        session.bar.set_message(case.name());
+        study_rows.extend(studies::run(&session, &case)?);
+        session.bar.inc(1);
+        if cases.get(i + 1).is_none_or(|next| next.study != case.study) {
+            if !global.json {
+                session.bar.suspend(|| output::print(table::text(case.study.name(), &study_rows)))?;
+            }
+            results.results.append(&mut study_rows);
+        }
+    }
+    session.bar.finish_and_clear();
+    session.check()?;
+    finish(args, global, &results)
+}
+
+/// Writes the report and says where it is and what failed.
+fn finish(args: &BenchArgs, global: &Global, results: &Results) -> Result<ExitCode> {
+    let json = serde_json::to_string_pretty(results);
+    let json = json.map_err(|e| Error::new(ErrorKind::Corrupt, format!("the results cannot be written as JSON: {e}")))?;
+    write_whole(&args.out.join("results.json"), &json)?;
+    let page = args.out.join("index.html");
+    write_whole(&page, &report::render(results))?;
+    if global.json {
+        output::print(json)?;
+    } else {
+        output::print(format!("report: {}", page.display()))?;
+    }
+    let failed: Vec<&Row> = results.results.iter().filter(|r| is_wrong(r)).collect();
+    for row in &failed {
+        eprintln!("{} {}: {}", row.study, row.level, row.note.as_deref().unwrap_or("failed"));
+    }
+    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Whether one of our own results was wrong.
+fn is_wrong(row: &Row) -> bool {
+    !row.level.starts_with("peer:") && row.median_ms.is_none()
+}
+
+/// What the run shares, its limits not yet measured.
+fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: bool) -> Session<'a> {
+    let mut levels = if args.levels.is_empty() { Level::ALL.to_vec() } else { args.levels.clone() };
+    levels.sort_unstable();
+    levels.dedup();
+    let (mut peers, mut missing): (Vec<PeerKind>, Vec<(PeerKind, String)>) = (Vec::new(), Vec::new());
+    for &kind in PeerKind::ALL.iter().filter(|k| args.peers.contains(k)) {
+        match peers::available(kind) {
+            Ok(_) => peers.push(kind),
+            Err(e) => {
+                eprintln!("{e}");
+                missing.push((kind, e.to_string()));
+            }
+        }
+    }
+    let budget = if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget() };
+    let bar = output::progress(0, "bench", global);
+    Session { context, global, levels, budget, peak_flops: 1.0, bandwidth: 1.0, memory_limit: args.memory, peers, missing, bar }
+}
+
+/// Measures the machine's limits.
+fn limits(session: Session<'_>) -> Result<Session<'_>> {
+    session.bar.set_message("measuring the machine's peak and bandwidth");
+    let (peak_flops, bandwidth) = (session.context.measure_peak(), session.context.measure_bandwidth()?);
+    session.check()?;
+    Ok(Session { peak_flops, bandwidth, ..session })
+}
+
+/// Makes the folder and checks that files can be written there.
+fn check_writable(folder: &Path) -> Result<()> {
+    let failed = |e: std::io::Error| Error::invalid(format!("--out {}: the folder cannot be written: {e}", folder.display()));
+    fs::create_dir_all(folder).map_err(failed)?;
+    for name in ["results.json", "index.html"] {
+        let path = folder.join(name);
+        if path.is_dir() {
+            return Err(Error::invalid(format!("--out {}: {name} is a folder there", folder.display())));
+        }
+    }
+    let probe = temporary(&folder.join("results.json"));
+    fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    path.with_extension(format!("{}.tmp", std::process::id()))
+}
+
+/// Writes `text` to `path`, whole or not at all.
+fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let part = temporary(path);
+    fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(|e| {
+        // It may not exist.
+        let _ = fs::remove_file(&part);
+        Error::new(ErrorKind::Device, format!("{} cannot be written: {e}", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn memory_reads_with_units() {
+        assert_eq!(parse_bytes("8GiB").unwrap(), 8 << 30);
+        assert_eq!(parse_bytes("4096").unwrap(), 4096);
+        for bad in ["", "0", "GiB", "-1", "1.5GiB", "8GB", "99999999TiB"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Peers as forms that are timed with ours.
+
+use std::{fs, path::PathBuf};
+
+use lawson::{Error, ErrorKind, Result};
+
+use super::{
+    measure::{Forms, Measured},
+    peers::{self, Peer, PeerSpec},
+    record::Row,
+    rows::{self, Work},
+    session::Session,
+    specs::{Case, Study},
+    verify::Checked,
+};
+
+/// One variant of a peer on one configuration.
+pub struct PeerForm {
+    level: String,
+    peer: Result<Peer>,
+    /// Whether its result is [B, H, S, D], where ours is [B, S, H, D].
+    heads_first: bool,
+}
+
+impl PeerForm {
+    fn running(&mut self) -> Result<&mut Peer> {
+        self.peer.as_mut().map_err(|e| e.clone())
+    }
+
+    fn output(&mut self, forms: &dyn Forms) -> Result<Checked> {
+        let out = self.running()?.output()?;
+        Ok(forms.verify_peer(&match out.shape[..] {
+            [b, h, s, d] if self.heads_first => swap_heads(&out.data, [b, h, s, d]),
+            _ => out.data,
+        }))
+    }
+
+    /// Seconds and errors of the first call.
+    pub fn first(&mut self, forms: &dyn Forms) -> Result<(f64, Checked)> {
+        let seconds = self.running()?.time_once()?;
+        Ok((seconds, self.output(forms)?))
+    }
+
+    /// Seconds of another call, and its errors when it is the last.
+    pub fn again(&mut self, forms: &dyn Forms, last: bool) -> Result<(f64, Option<Checked>)> {
+        let seconds = self.running()?.time_once()?;
+        Ok((seconds, if last { Some(self.output(forms)?) } else { None }))
+    }
+}
+
+/// [A, B, C, D] to [A, C, B, D].
+pub fn swap_heads(from: &[f32], [a, b, c, d]: [usize; 4]) -> Vec<f32> {
+    let mut to = Vec::with_capacity(from.len());
+    for i in 0..a {
+        for k in 0..c {
+            (0..b).for_each(|j| to.extend_from_slice(&from[((i * b + j) * c + k) * d..][..d]));
+        }
+    }
+    to
+}
+
+/// The peers of one configuration, and the folder with their inputs.
+pub struct PeerSet {
+    /// Every variant of every peer that is installed.
+    pub forms: Vec<PeerForm>,
+    folder: Option<PathBuf>,
+}
+
+impl PeerSet {
+    /// No peer.
+    pub fn none() -> Self {
+        PeerSet { forms: Vec::new(), folder: None }
+    }
+}
+
+impl Drop for PeerSet {
+    fn drop(&mut self) {
+        if let Some(folder) = &self.folder {
+            // What cannot be removed the system clears.
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+}
+
+/// Starts every variant of every installed peer on `case`; `inputs` gives name, shape and elements.
+pub fn start<'a, S: AsRef<[usize]> + 'a>(
+    session: &Session,
+    case: &Case,
+    inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
+) -> Result<PeerSet> {
+    let study = case.study.name();
+    let wanted: Vec<_> = session.peers.iter().flat_map(|&k| k.variants(study).iter().map(move |v| (k, *v))).collect();
+    if wanted.is_empty() {
+        return Ok(PeerSet::none());
+    }
+    let s = &case.shape;
+    let folder = peers::scratch_folder()?;
+    let mut set = PeerSet { forms: Vec::new(), folder: Some(folder.clone()) };
+    let path = folder.join("inputs.safetensors");
+    let tensors = inputs();
+    let views: Vec<(&str, &[usize], &[f32])> =
+        tensors.iter().map(|(n, shape, data)| (*n, shape.as_ref(), data.as_ref())).collect();
+    peers::write_inputs(&path, &views)?;
+    let attention = matches!(case.study, Study::Attention | Study::Decode);
+    for (kind, variant) in wanted {
+        session.check()?;
+        session.bar.set_message(format!("{}: starting {} {variant}", case.name(), kind.name()));
+        let spec = PeerSpec {
+            study,
+            variant,
+            batch: s.batch,
+            seq: s.seq,
+            past: if case.study == Study::Decode { s.past + s.seq } else { s.past },
+            hidden: s.hidden,
+            heads: s.heads,
+            kv_heads: s.kv_heads,
+            head_dim: s.head_dim,
+            causal: s.causal,
+            rope: s.rope,
+            dtype: s.dtype,
+            threads: session.threads(),
+            inputs: path.clone(),
+        };
+        let fits = s.dtype == s.kv_dtype;
+        let peer = if fits {
+            Peer::start(kind, &spec)
+        } else {
+            let what = format!("{} has no {} cache beside {} queries", kind.name(), s.kv_dtype, s.dtype);
+            Err(Error::new(ErrorKind::Unavailable, what))
+        };
+        set.forms.push(PeerForm { level: format!("peer:{}-{variant}", kind.name()), peer, heads_first: attention });
+    }
+    Ok(set)
+}
+
+/// Rows of the peers that were measured, and of those that are not installed.
+pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measured], work: Work) -> Vec<Row> {
+    let study = case.study.name();
+    let ran = set.forms.iter().zip(measured).map(|(form, m)| {
+        let mut row = rows::base(session, case, &form.level);
+        rows::measured(session, &mut row, m, work);
+        if let Ok(peer) = &form.peer {
+            rows::remark(&mut row, peer.version());
+        }
+        row
+    });
+    let missing = session.missing.iter().filter(|(kind, _)| !kind.variants(study).is_empty()).map(|(kind, why)| {
+        let mut row = rows::base(session, case, &format!("peer:{}", kind.name()));
+        rows::remark(&mut row, why);
+        row
+    });
+    ran.chain(missing).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn heads_and_tokens_swap() {
+        let from: Vec<f32> = (0..12).map(|v| v as f32).collect();
+        let to = super::swap_heads(&from, [1, 3, 2, 2]);
+        assert_eq!(to, [0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 2.0, 3.0, 6.0, 7.0, 10.0, 11.0]);
+        assert_eq!(super::swap_heads(&to, [1, 2, 3, 2]), from);
+    }
+}

@@ -1,0 +1,117 @@
+//! From measurements to rows of `results.json`.
+
+use lawson::BlockPlan;
+
+use super::{
+    measure::Measured,
+    record::{Row, StepRow},
+    session::Session,
+    specs::{Case, Study},
+};
+
+/// A row with what `case` says, at `level`.
+pub fn base(session: &Session, case: &Case, level: &str) -> Row {
+    let s = &case.shape;
+    let block = matches!(case.study, Study::Block | Study::Qkv | Study::Throughput);
+    let cached = block || matches!(case.study, Study::Attention | Study::Decode);
+    Row {
+        study: case.study.name().to_owned(),
+        level: level.to_owned(),
+        device: "cpu".to_owned(),
+        dtype: s.dtype.to_string(),
+        kv_dtype: cached.then(|| s.kv_dtype.to_string()),
+        weights: block.then(|| s.dtype.to_string()),
+        batch: Some(s.batch),
+        seq: Some(s.seq),
+        // The decode study's cache holds the new token's row already.
+        past: Some(if case.study == Study::Decode { s.past + s.seq } else { s.past }),
+        hidden: block.then_some(s.hidden),
+        heads: Some(s.heads),
+        kv_heads: cached.then_some(s.kv_heads),
+        head_dim: (case.study != Study::Softmax).then_some(s.head_dim),
+        causal: cached.then_some(s.causal),
+        threads: Some(session.threads()),
+        variant: case.variant.map(str::to_owned),
+        note: (!case.notes.is_empty()).then(|| case.notes.join("; ")),
+        ..Row::default()
+    }
+}
+
+/// Adds a remark.
+pub fn remark(row: &mut Row, text: &str) {
+    row.note = Some(match row.note.take() {
+        Some(note) => format!("{note}; {text}"),
+        None => text.to_owned(),
+    });
+}
+
+/// What a form computes and must move, the same for every level and peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Floating-point operations.
+    pub flops: Option<f64>,
+    /// Compulsory bytes.
+    pub bytes: f64,
+}
+
+/// Fills in times, rates and errors.
+pub fn measured(session: &Session, row: &mut Row, m: &Measured, work: Work) {
+    if let Some(checked) = &m.checked {
+        row.max_abs_err = Some(checked.max_abs).filter(|v| v.is_finite());
+        row.rel_err = Some(checked.relative).filter(|v| v.is_finite());
+    }
+    row.flops = work.flops.map(|f| f as u64);
+    if let Some(why) = &m.failed {
+        remark(row, why);
+        return;
+    }
+    let median = m.times.median();
+    let milliseconds = |s: f64| Some(s * 1e3).filter(|v| v.is_finite());
+    row.median_ms = milliseconds(median);
+    (row.p10_ms, row.p90_ms) = (milliseconds(m.times.percentile(0.1)), milliseconds(m.times.percentile(0.9)));
+    row.runs = Some(m.times.runs());
+    row.gflops = work.flops.map(|f| f / median * 1e-9);
+    row.gbps = Some(work.bytes / median * 1e-9);
+    row.limit_share = limit_share(session, work, median);
+}
+
+/// Share of the measured limit that binds; none where data that stays in a cache beats memory's bandwidth.
+fn limit_share(session: &Session, work: Work, median: f64) -> Option<f64> {
+    /// Measured limits are this uncertain.
+    const SLACK: f64 = 1.1;
+    let compute = work.flops.map_or(0.0, |f| f / session.peak_flops / median);
+    let memory = work.bytes / session.bandwidth / median;
+    Some(compute.max(memory)).filter(|&s| s <= SLACK).map(|s| s.min(1.0))
+}
+
+/// Fills in what the plan says.
+pub fn planned(row: &mut Row, plan: &BlockPlan) {
+    row.peak_bytes = Some(plan.peak_bytes() as u64);
+    row.traffic_bytes = Some(plan.traffic_bytes() as u64);
+    row.steps = Some(plan.steps().count());
+    row.gemms = Some(plan.gemms());
+    row.launches = Some(plan.launches());
+    row.plan = Some(plan.to_string());
+}
+
+/// The plan's steps with their measured seconds.
+pub fn steps(plan: &BlockPlan, seconds: &[f64]) -> Vec<StepRow> {
+    let row = |(step, &s): (&lawson_core::plan::Step, &f64)| StepRow {
+        op: step.op.name().to_owned(),
+        kernel: step.kernel.clone(),
+        median_ms: Some(s * 1e3),
+        predicted_ms: Some(step.seconds * 1e3),
+        bytes: Some(step.bytes as u64),
+        flops: Some(step.flops as u64),
+        gflops: (step.flops > 0.0 && s > 0.0).then(|| step.flops / s * 1e-9),
+    };
+    plan.steps().zip(seconds).map(row).collect()
+}
+
+/// Fills in how much faster than unfused each row is.
+pub fn speedups(rows: &mut [Row]) {
+    let base = rows.iter().find(|r| r.level == "unfused").and_then(|r| r.median_ms);
+    for row in rows {
+        row.speedup = base.zip(row.median_ms).map(|(base, this)| base / this);
+    }
+}

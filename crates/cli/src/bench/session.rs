@@ -1,0 +1,63 @@
+//! What every study of one run shares.
+
+use indicatif::ProgressBar;
+use lawson::{Context, Error, ErrorKind, Level, Result};
+
+use super::{measure::Budget, peers::PeerKind};
+use crate::{args::Global, signals};
+
+/// One run of the benchmark.
+pub struct Session<'a> {
+    /// What is measured.
+    pub context: Context,
+    /// Flags of every command.
+    pub global: &'a Global,
+    /// Levels asked for, least fused first.
+    pub levels: Vec<Level>,
+    /// Time of a configuration.
+    pub budget: Budget,
+    /// f32 FMA operations per second, measured at the start.
+    pub peak_flops: f64,
+    /// Bytes per second, measured at the start.
+    pub bandwidth: f64,
+    /// Memory that `throughput` counts sequences for.
+    pub memory_limit: u64,
+    /// Peers that can run.
+    pub peers: Vec<PeerKind>,
+    /// Peers asked for that cannot, and why.
+    pub missing: Vec<(PeerKind, String)>,
+    /// Progress on stderr.
+    pub bar: ProgressBar,
+}
+
+impl Session<'_> {
+    /// Ends the run when Ctrl-C was pressed.
+    ///
+    /// # Errors
+    /// `Cancelled` then.
+    pub fn check(&self) -> Result<()> {
+        if signals::interrupted() {
+            return Err(Error::new(ErrorKind::Cancelled, "interrupted; no report was written"));
+        }
+        Ok(())
+    }
+
+    /// Threads in use.
+    pub fn threads(&self) -> usize {
+        self.context.threads()
+    }
+
+    /// A context like this run's that has not computed anything.
+    ///
+    /// # Errors
+    /// As [`Context::new`].
+    pub fn cold(&self) -> Result<Context> {
+        self.global.context_on(Some(self.context.isa()))
+    }
+
+    /// The forms, each named by its level, that the levels asked for select; all when they select none.
+    pub fn select<T: Copy>(&self, forms: &[(Level, T)]) -> Vec<(Level, T)> {
+        let chosen: Vec<_> = forms.iter().filter(|f| self.levels.contains(&f.0)).copied().collect();
+        if chosen.is_empty() { forms.to_vec() } else { chosen }
+    }
+}

@@ -1,0 +1,207 @@
+//! The whole block at each level of fusion.
+
+use std::{borrow::Cow, sync::Arc};
+
+use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, Level, PreparedCall, Result, Tensor};
+use lawson_core::plan::Op;
+
+use super::SEED;
+use crate::bench::{
+    inputs,
+    measure::{Forms, Measured, measure, time},
+    peak,
+    peer_rows::{self, PeerSet},
+    record::Row,
+    rows::{self, Work},
+    session::Session,
+    specs::{Case, Study},
+    statistics::Times,
+    verify::{BlockReference, Checked},
+};
+
+/// Timed calls step by step.
+const STEP_RUNS: usize = 5;
+
+/// A block at several levels, over the same cache, x and y.
+pub struct BlockForms<'a> {
+    problem: &'a BlockProblem,
+    data: &'a BlockData,
+    blocks: Vec<AttentionBlock>,
+    call: PreparedCall,
+    y: Tensor,
+    nan: Tensor,
+    reference: BlockReference<'a>,
+    /// Steps whose time counts; the whole call's when `None`.
+    counted: Option<fn(&Op) -> bool>,
+}
+
+impl<'a> BlockForms<'a> {
+    /// Packs the weights of `data` and computes what it must give.
+    pub fn new(
+        session: &Session,
+        problem: &'a BlockProblem,
+        data: &'a BlockData,
+        levels: &[Level],
+        counted: Option<fn(&Op) -> bool>,
+    ) -> Result<Self> {
+        let call = PreparedCall::new(&session.context, problem, data, None)?;
+        let blocks = levels.iter().map(|&l| call.block.at(Some(l))).collect();
+        let nan = inputs::nans(problem.dtype, &[problem.batch.tokens(), problem.spec.hidden_size])?;
+        let reference = BlockReference::new(problem, data, session.threads())?;
+        Ok(BlockForms { problem, data, blocks, call, y: nan.clone(), nan, reference, counted })
+    }
+
+    /// The plan of form `i`.
+    pub fn plan(&self, i: usize) -> Result<Arc<BlockPlan>> {
+        let batch = &self.problem.batch;
+        self.blocks[i].plan(batch.new_tokens(), batch.past(), None, self.problem.kv_dtype)
+    }
+
+    /// Bytes of packed weights, cache, x and y.
+    pub fn resident_bytes(&self) -> usize {
+        let xy = 2 * self.problem.batch.tokens() * self.problem.spec.hidden_size * self.problem.dtype.size();
+        self.call.block.weight_bytes() + self.call.cache.bytes() + xy
+    }
+
+    /// Median seconds of each step of form `i`.
+    fn step_seconds(&mut self, i: usize) -> Result<Vec<f64>> {
+        let mut runs = Vec::new();
+        for _ in 0..STEP_RUNS {
+            self.poison(i, false)?;
+            runs.push(self.blocks[i].forward_timed(self.call.args(&mut self.y)?)?.1);
+        }
+        let steps = runs.first().map_or(0, Vec::len);
+        Ok((0..steps).map(|s| Times::new(runs.iter().map(|r| r[s]).collect()).median()).collect())
+    }
+}
+
+impl Forms for BlockForms<'_> {
+    fn count(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn poison(&mut self, _: usize, everything: bool) -> Result<()> {
+        inputs::copy(&self.nan, &mut self.y)?;
+        if !everything {
+            return Ok(());
+        }
+        // The cache takes whole sequences only: the past as it was, and NaN behind it.
+        let (batch, a) = (&self.problem.batch, &self.problem.spec.attention);
+        let past_row = self.data.past_rows * a.head_dim;
+        for (b, (&new, &past)) in batch.new_tokens().iter().zip(batch.past()).enumerate() {
+            let fill = |from: &[f32]| {
+                let mut rows = Vec::with_capacity(a.kv_dim() * (past + new));
+                for g in b * a.kv_heads..(b + 1) * a.kv_heads {
+                    rows.extend_from_slice(&from[g * past_row..][..past * a.head_dim]);
+                    rows.resize(rows.len() + new * a.head_dim, f32::NAN);
+                }
+                rows
+            };
+            self.call.cache.import(0, b, past + new, &fill(&self.data.past_k), &fill(&self.data.past_v))?;
+            self.call.cache.truncate(b, past)?;
+        }
+        Ok(())
+    }
+
+    fn call(&mut self, i: usize) -> Result<f64> {
+        let (block, args) = (&self.blocks[i], self.call.args(&mut self.y)?);
+        let Some(counted) = self.counted else { return time(|| block.forward(args)) };
+        let (plan, seconds) = block.forward_timed(args)?;
+        Ok(plan.steps().zip(seconds).filter(|(step, _)| counted(&step.op)).map(|(_, s)| s).sum())
+    }
+
+    fn verify(&mut self, _: usize) -> Result<Checked> {
+        self.reference.check(&self.call.cache, &self.y.to_f32())
+    }
+
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        self.reference.check_peer(data)
+    }
+}
+
+/// A block's levels as they were measured.
+pub struct BlockRows {
+    /// One row per level, then the peers'.
+    pub rows: Vec<Row>,
+    /// Bytes of packed weights.
+    pub weight_bytes: usize,
+}
+
+/// Measures every level of `case`.
+pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let levels = match case.study {
+        // The two levels differ in the projection alone.
+        Study::Qkv => session.select(&[(Level::Unfused, ()), (Level::Minimal, ())]).into_iter().map(|f| f.0).collect(),
+        _ => session.levels.clone(),
+    };
+    Ok(of_levels(session, case, &levels)?.rows)
+}
+
+/// Measures `levels` of the block of `case`.
+pub fn of_levels(session: &Session, case: &Case, levels: &[Level]) -> Result<BlockRows> {
+    let problem = case.shape.problem();
+    let data = inputs::block_data(&problem, SEED, session.threads());
+    let mut forms = BlockForms::new(session, &problem, &data, levels, None)?;
+    let mut peers = start_peers(session, case, &data)?;
+    let found = measure(session, &mut forms, &mut peers.forms)?;
+    let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
+    let mut rows = level_rows(session, case, levels, &mut forms, &found, work)?;
+    rows.extend(peer_rows::rows_of(session, case, &peers, &found[levels.len()..], work));
+    rows::speedups(&mut rows);
+    Ok(BlockRows { rows, weight_bytes: forms.call.block.weight_bytes() })
+}
+
+fn level_rows(
+    session: &Session,
+    case: &Case,
+    levels: &[Level],
+    forms: &mut BlockForms<'_>,
+    found: &[Measured],
+    work: Work,
+) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut plans: Vec<Arc<BlockPlan>> = Vec::new();
+    for (i, (&level, m)) in levels.iter().zip(found).enumerate() {
+        session.check()?;
+        let plan = forms.plan(i)?;
+        let mut row = rows::base(session, case, level.name());
+        rows::measured(session, &mut row, m, work);
+        rows::planned(&mut row, &plan);
+        row.resident_bytes = Some(forms.resident_bytes() as u64);
+        row.same_as = plans.iter().find(|p| p.same_as(&plan)).map(|p| p.level.name().to_owned());
+        if case.confirm_peak && row.same_as.is_none() {
+            session.bar.set_message(format!("{}: peak memory of {level}", case.name()));
+            peak::confirm(session, &plan, forms.problem)?.iter().for_each(|text| rows::remark(&mut row, text));
+        }
+        if case.steps && m.failed.is_none() {
+            row.steps_table = rows::steps(&plan, &forms.step_seconds(i)?);
+        }
+        plans.push(plan);
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+fn start_peers(session: &Session, case: &Case, data: &BlockData) -> Result<PeerSet> {
+    // Throughput is a question to our own plans; the layer of the projection study stands in the block study.
+    if case.study != Study::Block {
+        return Ok(PeerSet::none());
+    }
+    let s = &case.shape;
+    peer_rows::start(session, case, || {
+        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let mut tensors = vec![
+            ("x", vec![s.batch, s.seq, s.hidden], Cow::Borrowed(&data.x[..])),
+            ("q_proj.weight", vec![q, s.hidden], Cow::Borrowed(&data.q_weight[..])),
+            ("k_proj.weight", vec![kv, s.hidden], Cow::Borrowed(&data.k_weight[..])),
+            ("v_proj.weight", vec![kv, s.hidden], Cow::Borrowed(&data.v_weight[..])),
+            ("o_proj.weight", vec![s.hidden, q], Cow::Borrowed(&data.o_weight[..])),
+        ];
+        if s.past > 0 {
+            let shape = vec![s.batch, s.kv_heads, s.past, s.head_dim];
+            tensors.push(("past_k", shape.clone(), Cow::Borrowed(&data.past_k[..])));
+            tensors.push(("past_v", shape, Cow::Borrowed(&data.past_v[..])));
+        }
+        tensors
+    })
+}

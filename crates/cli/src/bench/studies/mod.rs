@@ -1,0 +1,37 @@
+//! The studies: each measures one configuration and gives its rows, one per form and peer.
+
+mod attention;
+mod block;
+mod qkv;
+mod rope;
+mod softmax;
+mod throughput;
+
+use lawson::Result;
+
+use super::{
+    record::Row,
+    session::Session,
+    specs::{Case, Study},
+};
+
+/// Seed of every configuration's inputs.
+const SEED: u64 = 1;
+
+/// Measures `case`.
+///
+/// # Errors
+/// `Cancelled` when Ctrl-C was pressed; else what the first failing call reports. A wrong result is none: its row says so.
+pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    match case.study {
+        Study::Block => block::run(session, case),
+        Study::Qkv if case.variant == Some("layer") => block::run(session, case),
+        Study::Qkv => qkv::run(session, case),
+        Study::Softmax => softmax::run(session, case),
+        Study::Rope => rope::run(session, case),
+        Study::Attention => attention::run(session, case),
+        Study::Decode => attention::decode(session, case),
+        Study::Throughput => throughput::run(session, case),
+        Study::All => Ok(Vec::new()),
+    }
+}

@@ -1,0 +1,152 @@
+//! The QKV projection alone: three products that each read x, or one over concatenated weights.
+
+use std::borrow::Cow;
+
+use lawson::{
+    BlockData, Context, Level, Result, Tensor, TensorRef,
+    ops::{self, QkvWeights},
+};
+
+use super::SEED;
+use crate::bench::{
+    inputs,
+    measure::{Forms, measure, time},
+    parallel, peer_rows,
+    record::Row,
+    rows::{self, Work},
+    session::Session,
+    specs::{Case, Shape},
+    verify::{self, Checked},
+};
+
+/// Elements of each result that a sample has.
+const SAMPLE: usize = 256;
+
+/// Elements of one result and what they must be.
+struct Expected {
+    width: usize,
+    at: Vec<usize>,
+    want: Vec<f64>,
+}
+
+impl Expected {
+    /// Of x·Wᵀ: all elements below the limit of whole checks, else a sample.
+    fn new(x: &[f32], w: &[f32], e: usize, part: u64, threads: usize) -> Self {
+        let width = w.len() / e;
+        let n = x.len() / e * width;
+        let whole = 2.0 * (n * e) as f64 <= verify::WHOLE_FLOPS / 3.0;
+        let at = if whole { (0..n).collect() } else { verify::pick(n, SAMPLE, part) };
+        let dot = |i: usize| {
+            let (row, column) = (at[i] / width, at[i] % width);
+            let pairs = x[row * e..(row + 1) * e].iter().zip(&w[column * e..(column + 1) * e]);
+            pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+        };
+        Expected { width, want: parallel::map(at.len(), threads, dot), at }
+    }
+
+    fn check(&self, name: &str, got: impl Fn(usize, usize) -> f32, limit: f64) -> Checked {
+        let got: Vec<f32> = self.at.iter().map(|&i| got(i / self.width, i % self.width)).collect();
+        verify::check(name, limit, &got, &self.want, got.len().max(1))
+    }
+}
+
+struct QkvForms<'a> {
+    session: &'a Session<'a>,
+    shape: Shape,
+    fused: Vec<bool>,
+    x: Tensor,
+    weights: QkvWeights,
+    out: [Tensor; 3],
+    nan: [Tensor; 3],
+    expected: [Expected; 3],
+}
+
+impl QkvForms<'_> {
+    fn call_on(&mut self, i: usize, context: &Context) -> Result<()> {
+        let [q, k, v] = &mut self.out;
+        let out = [&mut q.as_mut(), &mut k.as_mut(), &mut v.as_mut()];
+        ops::qkv_projection(context, &self.x.as_ref(), &self.weights, out, self.fused[i])
+    }
+
+    fn check(&self, limit: f64, got: impl Fn(usize, usize, usize) -> f32) -> Checked {
+        let of = |part: usize| self.expected[part].check(["q", "k", "v"][part], |r, c| got(part, r, c), limit);
+        of(0).and(of(1)).and(of(2))
+    }
+}
+
+impl Forms for QkvForms<'_> {
+    fn count(&self) -> usize {
+        self.fused.len()
+    }
+    fn poison(&mut self, _: usize, _: bool) -> Result<()> {
+        self.nan.iter().zip(&mut self.out).try_for_each(|(nan, out)| inputs::copy(nan, out))
+    }
+    fn call(&mut self, i: usize) -> Result<f64> {
+        time(|| self.call_on(i, &self.session.context))
+    }
+    fn verify(&mut self, _: usize) -> Result<Checked> {
+        let all = self.out.each_ref().map(Tensor::to_f32);
+        let widths = self.expected.each_ref().map(|e| e.width);
+        Ok(self.check(verify::limit(&[self.shape.dtype]), |part, row, column| all[part][row * widths[part] + column]))
+    }
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        let widths = self.expected.each_ref().map(|e| e.width);
+        let (all, rows) = (widths.iter().sum::<usize>(), self.shape.batch * self.shape.seq);
+        if data.len() != rows * all {
+            return verify::wrong_size(data.len(), rows * all);
+        }
+        let first = [0, widths[0], widths[0] + widths[1]];
+        self.check(verify::peer_limit(self.shape.dtype), |part, row, column| data[row * all + first[part] + column])
+    }
+}
+
+/// Separate against fused.
+pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let (s, threads) = (case.shape, session.threads());
+    let chosen = session.select(&[(Level::Unfused, false), (Level::Minimal, true)]);
+    let problem = s.problem();
+    let BlockData { x, q_weight, k_weight, v_weight, .. } = inputs::block_data(&problem, SEED, threads);
+    let (t, e) = (s.batch * s.seq, s.hidden);
+    let widths = [s.heads, s.kv_heads, s.kv_heads].map(|n| n * s.head_dim);
+    let raw = [&q_weight, &k_weight, &v_weight];
+    let view = |i: usize| TensorRef::new(raw[i], &[widths[i], e]);
+    let nans = |i: usize| inputs::nans(s.dtype, &[t, widths[i]]);
+    let nan = [nans(0)?, nans(1)?, nans(2)?];
+    let mut forms = QkvForms {
+        session,
+        shape: s,
+        fused: chosen.iter().map(|c| c.1).collect(),
+        x: Tensor::from_f32(&x, s.dtype, &[t, e])?,
+        weights: QkvWeights::pack(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
+        out: nan.clone(),
+        nan,
+        expected: [0, 1, 2].map(|i| Expected::new(&x, raw[i], e, i as u64, threads)),
+    };
+    let mut peers = peer_rows::start(session, case, || {
+        let names = ["q_proj.weight", "k_proj.weight", "v_proj.weight"];
+        let weights = (0..3).map(|i| (names[i], vec![widths[i], e], Cow::Borrowed(&raw[i][..])));
+        [("x", vec![s.batch, s.seq, e], Cow::Borrowed(&x[..]))].into_iter().chain(weights).collect()
+    })?;
+    let found = measure(session, &mut forms, &mut peers.forms)?;
+
+    let all: usize = widths.iter().sum();
+    let size = s.dtype.size();
+    let (x_bytes, w_bytes, out_bytes) = (t * e * size, all * e * size, t * all * size);
+    let work = Work { flops: Some(2.0 * (t * e * all) as f64), bytes: (x_bytes + w_bytes + out_bytes) as f64 };
+    let mut rows = Vec::new();
+    for (i, (&(level, fused), m)) in chosen.iter().zip(&found).enumerate() {
+        let mut row = rows::base(session, case, level.name());
+        rows::measured(session, &mut row, m, work);
+        let products = if fused { 1 } else { 3 };
+        (row.steps, row.gemms, row.launches) = (Some(products), Some(products), Some(products));
+        row.traffic_bytes = Some((products * x_bytes + w_bytes + out_bytes) as u64);
+        row.resident_bytes = Some((forms.weights.bytes() + x_bytes + out_bytes) as u64);
+        let cold = session.cold()?;
+        forms.call_on(i, &cold)?;
+        row.peak_bytes = Some(cold.workspace_bytes() as u64);
+        rows.push(row);
+    }
+    rows.extend(peer_rows::rows_of(session, case, &peers, &found[chosen.len()..], work));
+    rows::speedups(&mut rows);
+    Ok(rows)
+}

@@ -1,0 +1,67 @@
+//! What a study prints.
+
+use super::record::Row;
+use crate::output;
+
+/// One line of the table as text; an empty column is left out.
+type Column = (&'static str, fn(&Row) -> Option<String>);
+
+fn shape(row: &Row) -> String {
+    let mut parts = Vec::new();
+    let lengths = [("B", row.batch), ("S", row.seq), ("L", row.past.filter(|&p| p > 0)), ("E", row.hidden)];
+    parts.extend(lengths.iter().filter_map(|(letter, n)| n.map(|n| format!("{letter} {n}"))));
+    match (row.heads, row.kv_heads.filter(|g| Some(*g) != row.heads)) {
+        (Some(h), Some(g)) => parts.push(format!("H {h}/{g}")),
+        (Some(h), None) => parts.push(format!("H {h}")),
+        _ => {}
+    }
+    parts.push(row.dtype.clone());
+    parts.extend(row.kv_dtype.iter().filter(|kv| **kv != row.dtype).map(|kv| format!("{kv} cache")));
+    parts.join(" ")
+}
+
+const COLUMNS: [Column; 9] = [
+    ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
+    ("p10 – p90", |r| {
+        r.p10_ms.zip(r.p90_ms).map(|(a, b)| format!("{} – {}", output::seconds(a / 1e3), output::seconds(b / 1e3)))
+    }),
+    ("speed-up", |r| r.speedup.map(|s| format!("{s:.2}×"))),
+    ("peak memory", |r| r.peak_bytes.map(|b| output::bytes(b as usize))),
+    ("GFLOP/s", |r| r.gflops.map(|v| format!("{v:.1}"))),
+    ("GB/s", |r| r.gbps.map(|v| format!("{v:.1}"))),
+    ("of the limit", |r| r.limit_share.map(|s| format!("{:.0} %", s * 100.0))),
+    ("tokens/s, fit", |r| {
+        let fit = r.sequences_fit.map_or(String::new(), |n| format!(", {n}"));
+        r.tokens_per_s.map(|t| format!("{t:.0}{fit}"))
+    }),
+    ("rel. error", |r| r.rel_err.map(|e| format!("{e:.1e}"))),
+];
+
+/// The rows of one study, readable, with their remarks below.
+pub fn text(study: &str, rows: &[Row]) -> String {
+    let columns: Vec<&Column> = COLUMNS.iter().filter(|(_, get)| rows.iter().any(|r| get(r).is_some())).collect();
+    let mut notes: Vec<String> = Vec::new();
+    let mut lines = Vec::new();
+    for row in rows {
+        let mut level = row.level.clone();
+        level.extend(row.variant.iter().map(|v| format!(" ({v})")));
+        let same = row.same_as.as_ref().map(|s| format!("same plan as {s}"));
+        for note in same.into_iter().chain(row.note.clone()) {
+            let number = notes.iter().position(|n| *n == note).unwrap_or_else(|| {
+                notes.push(note);
+                notes.len() - 1
+            });
+            level.push_str(&format!(" [{}]", number + 1));
+        }
+        let mut cells = vec![level, shape(row)];
+        cells.extend(columns.iter().map(|(_, get)| get(row).unwrap_or_else(|| "–".to_owned())));
+        lines.push(cells);
+    }
+    let head: Vec<&str> = [study, "shape"].into_iter().chain(columns.iter().map(|c| c.0)).collect();
+    let mut text = output::table(&head, lines).to_string();
+    for (i, note) in notes.iter().enumerate() {
+        text.push_str(&format!("\n[{}] {note}", i + 1));
+    }
+    text.push('\n');
+    text
+}

@@ -1,0 +1,100 @@
+//! `lawson check`: every kernel and every level of the block against the oracle.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use lawson::{BlockData, BlockProblem, Context, Isa, Result, compute};
+use lawson_testkit::{
+    cases,
+    conformance::{self, Report},
+};
+use serde_json::json;
+
+use crate::{EXIT_FAILED, args::Global, output, signals};
+
+const AFTER_HELP: &str = "\
+Every instruction set of this machine is checked, whatever LAWSON_ISA says.
+
+Examples:
+  lawson check --quick
+  lawson check --json";
+
+/// Check every kernel and every level of the block on every instruction set of this machine against an exact reference
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct CheckArgs {
+    /// Check every kernel, but only a sample of the blocks
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Seed of the random cases and of every case's numbers.
+const SEED: u64 = 7;
+/// Random blocks.
+const RANDOM: usize = 60;
+/// One in so many blocks is checked when it must be quick.
+const QUICK_STEP: usize = 12;
+
+/// Runs the command.
+///
+/// # Errors
+/// `Unavailable` for a device that is missing, `Cancelled`.
+pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
+    let step = if args.quick { QUICK_STEP } else { 1 };
+    let problems: Vec<_> = cases::edge_cases().into_iter().chain(cases::random_cases(SEED, RANDOM)).step_by(step).collect();
+    let contexts = Isa::available().into_iter().map(|isa| global.context_on(Some(isa))).collect::<Result<Vec<_>>>()?;
+    let kernels: usize = contexts.iter().map(|c| c.backend().kernels().len()).sum();
+    let bar = output::progress(kernels + contexts.len() * problems.len(), "checking", global);
+
+    let mut report = Report::default();
+    for context in &contexts {
+        for kernel in context.backend().kernels() {
+            signals::check()?;
+            bar.set_message(kernel.to_string());
+            report.merge(conformance::check_kernel(context.backend(), &kernel, &mut |_, _| {}));
+            bar.inc(1);
+        }
+        bar.set_message(format!("blocks on {}", context.isa()));
+        for (i, problem) in problems.iter().enumerate() {
+            signals::check()?;
+            report.merge(check_block(context, problem, SEED + i as u64));
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+
+    let missing = Isa::ALL.into_iter().filter(|isa| !isa.is_available());
+    report.could_not_run.extend(missing.map(|isa| format!("{isa}: this processor lacks it")));
+    report.could_not_run.push("cuda: this build has no CUDA backend yet".into());
+    let ran_on: Vec<_> = contexts.iter().map(|c| c.isa().name()).collect();
+    if global.json {
+        output::print_json(&json!({
+            "passed": report.passed(),
+            "ran": report.ran,
+            "ran_on": ran_on,
+            "failed": report.failed,
+            "could_not_run": report.could_not_run,
+        }))?;
+    } else {
+        output::print(text(&report, &ran_on))?;
+    }
+    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILED) })
+}
+
+/// One block at every level.
+fn check_block(context: &Context, problem: &BlockProblem, seed: u64) -> Report {
+    let run = |p: &BlockProblem, level, data: &BlockData| compute(context, p, Some(level), data);
+    let mut report = conformance::check_blocks(&run, std::slice::from_ref(problem), seed, &mut |_, _| {});
+    report.failed.iter_mut().for_each(|line| *line = format!("{}: {line}", context.isa()));
+    report
+}
+
+fn text(report: &Report, ran_on: &[&str]) -> String {
+    let could_not = if report.could_not_run.is_empty() { "nothing".to_string() } else { report.could_not_run.join("; ") };
+    let mut text =
+        format!("ran: {} on {}, failed: {} | could not run: {could_not}", report.ran, ran_on.join(", "), report.failed.len());
+    for line in &report.failed {
+        text += &format!("\n  {line}");
+    }
+    text
+}

@@ -1,0 +1,131 @@
+//! `lawson devices`: what this machine has and what can run on it.
+
+use std::{fmt::Write, process::ExitCode};
+
+use clap::Args;
+use lawson::{Context, ContextOptions, Isa, Result, machine};
+use serde::Serialize;
+
+use crate::{args::Global, output, signals};
+
+const AFTER_HELP: &str = "Example:\n  lawson devices --threads 4 --json";
+
+/// Show what this machine has: instruction sets, caches, cores, measured peak and bandwidth, and which backends can run
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct DevicesArgs {}
+
+#[derive(Serialize)]
+struct Devices {
+    cpu: Processor,
+    cuda: Missing,
+}
+
+#[derive(Serialize)]
+struct Processor {
+    name: String,
+    can_run: bool,
+    isa: &'static str,
+    isa_available: Vec<&'static str>,
+    isa_missing: Vec<&'static str>,
+    features: Vec<&'static str>,
+    cores: usize,
+    threads: usize,
+    l1_bytes: Option<usize>,
+    l2_bytes: Option<usize>,
+    l3_bytes: Option<usize>,
+    memory_bytes: Option<usize>,
+    peak_gflops: f64,
+    one_thread_peak_gflops: f64,
+    bandwidth_gbps: f64,
+}
+
+/// A backend that cannot run here.
+#[derive(Serialize)]
+struct Missing {
+    can_run: bool,
+    why: &'static str,
+    what_would_help: &'static str,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// `OutOfMemory` when there is no room to measure bandwidth, `Cancelled`.
+pub fn execute(_: &DevicesArgs, global: &Global) -> Result<ExitCode> {
+    let context = global.context()?;
+    let devices = Devices {
+        cpu: processor(&context, global)?,
+        cuda: Missing {
+            can_run: false,
+            why: "this build has no CUDA backend yet",
+            what_would_help: "a later version of Lawson with an NVIDIA GPU; until then use --device cpu",
+        },
+    };
+    if global.json {
+        output::print_json(&devices)?
+    } else {
+        output::print(devices.text())?
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn processor(context: &Context, global: &Global) -> Result<Processor> {
+    let bar = output::progress(3, "measuring", global);
+    let measured = |what: &'static str, measure: &dyn Fn() -> Result<f64>| {
+        bar.set_message(what);
+        let rate = measure().map(|rate| rate / 1e9);
+        bar.inc(1);
+        signals::check().and(rate)
+    };
+    let peak_gflops = measured("peak of all threads", &|| Ok(context.measure_peak()))?;
+    let one_thread_peak_gflops = measured("peak of one thread", &|| {
+        let options = ContextOptions { device: global.device, threads: Some(1), isa: Some(context.isa()) };
+        Ok(Context::new(options)?.measure_peak())
+    })?;
+    let bandwidth_gbps = measured("bandwidth", &|| context.measure_bandwidth())?;
+    bar.finish_and_clear();
+    let (available, missing) = Isa::ALL.into_iter().partition::<Vec<_>, _>(|isa| isa.is_available());
+    Ok(Processor {
+        name: machine::processor_name(),
+        can_run: true,
+        isa: context.isa().name(),
+        isa_available: available.into_iter().map(Isa::name).collect(),
+        isa_missing: missing.into_iter().map(Isa::name).collect(),
+        features: machine::features(),
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        threads: context.threads(),
+        l1_bytes: machine::cache_bytes(1),
+        l2_bytes: machine::cache_bytes(2),
+        l3_bytes: machine::cache_bytes(3),
+        memory_bytes: machine::memory_bytes(),
+        peak_gflops,
+        one_thread_peak_gflops,
+        bandwidth_gbps,
+    })
+}
+
+impl Devices {
+    fn text(&self) -> String {
+        let (cpu, cuda) = (&self.cpu, &self.cuda);
+        let list = |names: &[&str]| if names.is_empty() { "none".to_string() } else { names.join(", ") };
+        let size = |n: Option<usize>| n.map_or_else(|| "unknown".to_string(), output::bytes);
+        let (l1, l2, l3) = (size(cpu.l1_bytes), size(cpu.l2_bytes), size(cpu.l3_bytes));
+        let mut text = format!("cpu: can run\n  {:<18}{}\n", "processor", cpu.name);
+        let rows = [
+            ("instruction set", format!("{} in use; available: {}", cpu.isa, list(&cpu.isa_available))),
+            ("lacks", list(&cpu.isa_missing)),
+            ("features", list(&cpu.features)),
+            ("cores", format!("{}, {} threads in use", cpu.cores, cpu.threads)),
+            ("caches", format!("L1 {l1}, L2 {l2} of a core, L3 {l3}")),
+            ("memory", size(cpu.memory_bytes)),
+            ("f32 peak", format!("{:.0} GFLOP/s, {:.0} of one thread (measured)", cpu.peak_gflops, cpu.one_thread_peak_gflops)),
+            ("bandwidth", format!("{:.1} GB/s (measured)", cpu.bandwidth_gbps)),
+        ];
+        for (name, value) in rows {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "  {name:<18}{value}");
+        }
+        text + &format!("cuda: cannot run\n  {:<18}{}\n  {:<18}{}", "why", cuda.why, "what would help", cuda.what_would_help)
+    }
+}

@@ -1,0 +1,133 @@
+//! `lawson explain`: how a problem would be computed.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use lawson::{BlockPlan, BlockProblem, Level, Result};
+use lawson_core::plan::{Buffer, Op, Operand};
+use serde_json::{Value, json};
+
+use crate::{
+    args::{self, Auto, Global},
+    output,
+};
+
+const AFTER_HELP: &str = "\
+A problem is one line: b sequences, s new tokens, past rows, e hidden size, h query/key-value heads, d head dimension; then causal or
+full, and what else the block has: window= scale= softcap= sinks alibi mask qk_norm= input_norm= residual bias= rope= kv=; and
+the compute dtype, f32, bf16 or f16.
+
+Examples:
+  lawson explain 'block b=1 s=2048 e=4096 h=32/8 d=128 causal rope=half bf16'
+  lawson explain 'block b=8 s=1 past=4096 e=4096 h=32/8 d=128 causal rope=half bf16 kv=f16' --fusion maximal --json";
+
+/// Show the plan of a problem: each step's kernel, tiles, reads, writes, reason, predicted time and bytes, and what was rejected
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct ExplainArgs {
+    /// The problem as one line, as every command prints it
+    #[arg(value_name = "PROBLEM", required = true)]
+    problem: Vec<String>,
+    /// Level of fusion: auto (the planner's choice, with a table of all levels), unfused, minimal, moderate, maximal
+    #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = args::level)]
+    fusion: Auto<Level>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// `InvalidInput` when the problem is not valid.
+pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
+    let problem: BlockProblem = args.problem.join(" ").parse()?;
+    problem.validate()?;
+    let context = global.context()?;
+    let plan = context.plan(&problem, args.fusion.0)?;
+    let compared = match args.fusion.0 {
+        None => Level::ALL.into_iter().map(|level| context.plan(&problem, Some(level))).collect::<Result<Vec<_>>>()?,
+        Some(_) => Vec::new(),
+    };
+    if global.json {
+        let levels: Vec<_> = compared.iter().map(|plan| totals(plan)).collect();
+        let mut value = json!({"problem": problem.to_string(), "plan": plan_json(&plan)});
+        if !levels.is_empty() {
+            value["levels"] = json!(levels);
+        }
+        output::print_json(&value)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = String::new();
+    if plan.problem != problem {
+        text += &format!("{problem}\nplanned with past lengths rounded up, so that one plan serves a growing cache:\n");
+    }
+    text += &lawson::explain(&plan);
+    if !compared.is_empty() {
+        let head = ["level", "predicted time", "memory", "traffic", "steps", "GEMMs", "launches"];
+        let rows = compared.iter().map(|p| {
+            let name = if p.level == plan.level { format!("{} (chosen)", p.level) } else { p.level.to_string() };
+            let (memory, traffic) = (output::bytes(p.peak_bytes()), output::bytes(p.traffic_bytes() as usize));
+            let counts = [p.steps().count(), p.gemms(), p.launches()].map(|n| n.to_string());
+            [vec![name, output::seconds(p.seconds()), memory, traffic], counts.to_vec()].concat()
+        });
+        text += &format!("\n{}", output::table(&head, rows));
+    }
+    output::print(text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn totals(plan: &BlockPlan) -> Value {
+    json!({
+        "level": plan.level.name(),
+        "id": format!("{:016x}", plan.id()),
+        "predicted_ms": plan.seconds() * 1e3,
+        "peak_bytes": plan.peak_bytes(),
+        "traffic_bytes": plan.traffic_bytes(),
+        "step_count": plan.steps().count(),
+        "gemms": plan.gemms(),
+        "launches": plan.launches(),
+    })
+}
+
+fn plan_json(plan: &BlockPlan) -> Value {
+    let names = |operands: &[Operand]| operands.iter().map(|o| o.name()).collect::<Vec<_>>();
+    let stages = plan.stages.iter().map(|stage| {
+        let steps = stage.steps.iter().map(|s| {
+            let (row_tile, query_tile, split) = match s.op {
+                Op::Projection(p) => (Some(p.row_tile), None, None),
+                Op::Attention(t) | Op::MergeSplits(t) => (None, Some(t.query_tile), t.split),
+                _ => (None, None, None),
+            };
+            json!({
+                "op": s.op.name(),
+                "kernel": s.kernel,
+                "row_tile": row_tile,
+                "query_tile": query_tile,
+                "split": split,
+                "reads": names(&s.reads),
+                "writes": names(&s.writes),
+                "flops": s.flops,
+                "bytes": s.bytes,
+                "predicted_ms": s.seconds * 1e3,
+                "why": s.why,
+            })
+        });
+        let steps: Vec<Value> = steps.collect();
+        json!({"row_block": stage.row_block, "steps": steps})
+    });
+    let stages: Vec<Value> = stages.collect();
+    let buffer = |b: &Buffer| json!({"name": b.name.name(), "dtype": b.dtype.name(), "bytes": b.bytes, "offset": b.offset});
+    let buffers: Vec<_> = plan.buffers.iter().map(buffer).collect();
+    let rejected: Vec<_> = plan.rejected.iter().map(|r| json!({"what": r.what, "why": r.why})).collect();
+    let mut value = totals(plan);
+    for (key, part) in [
+        ("problem", json!(plan.problem.to_string())),
+        ("threads", json!(plan.threads)),
+        ("stages", json!(stages)),
+        ("buffers", json!(buffers)),
+        ("workspace_bytes", json!(plan.workspace_bytes)),
+        ("scratch_bytes", json!(plan.scratch_bytes)),
+        ("rejected", json!(rejected)),
+    ] {
+        value[key] = part;
+    }
+    value
+}

@@ -1,0 +1,241 @@
+//! `lawson run`: computes one attention block from files.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use clap::{ArgGroup, Args};
+use lawson::{
+    BlockData, BlockFile, BlockPlan, BlockProblem, Checkpoint, Context, DType, Error, ErrorKind, Level, PreparedCall, Result,
+    Tensor,
+    block_file::{write_block_file, write_output},
+    machine,
+    tensor_file::TensorFile,
+};
+use lawson_testkit::inputs::{Sharpness, data_for};
+use serde_json::{Value, json};
+
+use crate::{
+    args::{self, Auto, Global, WeightKind},
+    output, signals,
+};
+
+const AFTER_HELP: &str = "\
+Examples:
+  lawson run --block block.json --tensors in.safetensors --out out.safetensors
+  lawson run --checkpoint Llama-3.2-1B --layer 3 --with-norm --tensors x.safetensors --out out.safetensors
+  lawson run --problem 'block b=2 s=64 past=256 e=512 h=8/2 d=64 causal rope=half bf16' --seed 7 --write case
+
+out.safetensors holds y [B, S, E] and the caches after the append, k and v [B, G, P+S, D], in the compute dtype. It is written
+whole or not at all.";
+
+/// Compute one attention block from a block file, or from a layer of a checkpoint; or make a block file with random numbers
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP, group = ArgGroup::new("what").required(true).args(["block", "checkpoint", "problem"]))]
+pub struct RunArgs {
+    /// The block's description (block.json); its weights and input come from --tensors
+    #[arg(long, value_name = "FILE")]
+    block: Option<PathBuf>,
+    /// A Hugging Face checkpoint folder (Llama, Mistral, Qwen2, Qwen3): the self-attention of one layer
+    #[arg(long, value_name = "DIR", requires = "layer")]
+    checkpoint: Option<PathBuf>,
+    /// The problem as one line, to be filled with N(0, 1) inputs and weights; see --write
+    #[arg(long, value_name = "PROBLEM", requires = "write", conflicts_with = "tensors")]
+    problem: Option<BlockProblem>,
+
+    /// Input (safetensors). With --block: x, the weights and what else the block asks for; with --checkpoint: x and optionally
+    /// past_k, past_v, lengths, mask
+    #[arg(long, value_name = "FILE", required_unless_present = "problem")]
+    tensors: Option<PathBuf>,
+    /// Where to write y, k and v (safetensors). With --problem: also run what was written
+    #[arg(long, value_name = "FILE", required_unless_present = "problem")]
+    out: Option<PathBuf>,
+
+    /// The checkpoint's layer, from 0
+    #[arg(long, value_name = "N", conflicts_with_all = ["block", "problem"])]
+    layer: Option<usize>,
+    /// With the layer's input norm before the attention and the residual after it
+    #[arg(long, conflicts_with_all = ["block", "problem"])]
+    with_norm: bool,
+
+    /// Seed of the random numbers
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with_all = ["block", "checkpoint"])]
+    seed: u64,
+    /// Folder for block.json and in.safetensors. The cache's dtype is not stored: give it again with --kv-dtype when the block file
+    /// is run
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["block", "checkpoint"])]
+    write: Option<PathBuf>,
+
+    /// Level of fusion: auto (the planner's choice), unfused, minimal, moderate, maximal
+    #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = args::level)]
+    fusion: Auto<Level>,
+    /// Compute dtype: auto (that of x), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::dtype)]
+    dtype: Auto<DType>,
+    /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::kv_dtype)]
+    kv_dtype: Auto<DType>,
+    /// How weights are held: auto (in the compute dtype)
+    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
+    weights: WeightKind,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// `InvalidInput`, naming the file, key, tensor or flag; `OutOfMemory`; `Device` when a disk fails; `Cancelled`.
+pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
+    // Everything that can be refused is refused before the work.
+    args.out.as_deref().map_or(Ok(()), check_writable)?;
+    let context = global.context()?;
+    let mut result = json!({});
+    if let (Some(problem), Some(dir)) = (&args.problem, &args.write) {
+        write_problem(problem, args.seed, dir)?;
+        merge(&mut result, json!({"problem": problem.to_string(), "seed": args.seed, "written": dir}));
+        if !global.json {
+            output::print(format!("{problem}\nwrote {}/block.json and in.safetensors (seed {})", dir.display(), args.seed))?;
+        }
+    }
+    if let Some(out) = &args.out {
+        let (problem, data) = read(args)?.into_parts();
+        signals::check()?;
+        let ran = compute(&context, &problem, &data, args.fusion.0, out)?;
+        if !global.json {
+            output::print(ran.text(&problem, out))?;
+        }
+        merge(&mut result, ran.json(&problem, out));
+    }
+    if global.json {
+        output::print_json(&result)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Adds the keys of `more` to `object`.
+fn merge(object: &mut Value, more: Value) {
+    if let (Value::Object(object), Value::Object(more)) = (object, more) {
+        object.extend(more);
+    }
+}
+
+/// Whether a file can be put at `path`, found out by putting an empty one beside it.
+fn check_writable(path: &Path) -> Result<()> {
+    let refused = |why: &dyn std::fmt::Display| Error::invalid(format!("--out {}: cannot be written: {why}", path.display()));
+    let Some(name) = path.file_name() else { return Err(refused(&"it names no file")) };
+    if path.metadata().is_ok_and(|m| !m.is_file()) {
+        return Err(refused(&"it exists and is not a regular file"));
+    }
+    let probe = path.with_file_name(format!(".{}.{}.probe", name.to_string_lossy(), std::process::id()));
+    File::create_new(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| refused(&e))
+}
+
+fn given<'a, T>(flag: &str, value: &'a Option<T>) -> Result<&'a T> {
+    value.as_ref().ok_or_else(|| Error::invalid(format!("{flag} is missing")))
+}
+
+/// Problem and data of whichever form of the command.
+fn read(args: &RunArgs) -> Result<BlockFile> {
+    let (dtype, kv_dtype) = (args.dtype.0, args.kv_dtype.0);
+    if let (Some(problem), Some(dir)) = (&args.problem, &args.write) {
+        let kv_dtype = kv_dtype.or(Some(problem.kv_dtype));
+        return BlockFile::open(dir.join("block.json"), dir.join("in.safetensors"), dtype, kv_dtype);
+    }
+    let tensors = given("--tensors", &args.tensors)?;
+    if let Some(block) = &args.block {
+        return BlockFile::open(block, tensors, dtype, kv_dtype);
+    }
+    let checkpoint = Checkpoint::open(given("--checkpoint", &args.checkpoint)?)?;
+    let layer = *given("--layer", &args.layer)?;
+    let (spec, weights) = (checkpoint.block_spec(layer, args.with_norm)?, checkpoint.weights(layer, args.with_norm)?);
+    BlockFile::with_weights(spec, &weights.as_ref(), &TensorFile::open(tensors)?, dtype, kv_dtype)
+}
+
+fn write_problem(problem: &BlockProblem, seed: u64, dir: &Path) -> Result<()> {
+    let new = problem.batch.new_tokens();
+    if let Some(other) = new.iter().find(|&&n| n != new[0]) {
+        let what = "--problem: a block file needs the same number of new tokens in every sequence";
+        return Err(Error::invalid(format!("{what}, got {} and {other}", new[0])));
+    }
+    problem.validate().map_err(|e| e.at("--problem"))?;
+    let (needed, memory) = (data_bytes(problem), machine::memory_bytes().unwrap_or(usize::MAX));
+    if needed > memory as f64 {
+        let (needed, memory) = (output::bytes(needed as usize), output::bytes(memory));
+        return Err(Error::new(ErrorKind::OutOfMemory, format!("--problem: needs {needed}, but this machine has {memory}")));
+    }
+    write_block_file(dir, problem, &data_for(problem, seed, Sharpness::Ordinary)).map_err(|e| e.at("--write"))
+}
+
+/// Bytes of a problem's numbers as f32 and, at the same time, as they are stored.
+fn data_bytes(problem: &BlockProblem) -> f64 {
+    let (a, batch) = (&problem.spec.attention, &problem.batch);
+    let (e, sequences) = (problem.spec.hidden_size as f64, batch.sequences() as f64);
+    let weights = e * (a.qkv_dim() + a.q_dim()) as f64;
+    let rows = sequences * batch.max_len() as f64;
+    let mask = problem.mask.map_or(0.0, |m| {
+        let masks = if m.per_sequence { sequences } else { 1.0 } * if m.per_head { a.heads as f64 } else { 1.0 };
+        masks * (batch.max_new() * batch.max_len()) as f64
+    });
+    let floats = weights + batch.tokens() as f64 * e + 2.0 * rows * a.kv_dim() as f64;
+    floats * (4 + problem.dtype.size()) as f64 + 2.0 * mask
+}
+
+/// What one call did.
+struct Ran {
+    plan: std::sync::Arc<BlockPlan>,
+    /// Of the whole call.
+    seconds: f64,
+    /// Of each of the plan's steps.
+    step_seconds: Vec<f64>,
+}
+
+fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>, out: &Path) -> Result<Ran> {
+    let mut call = PreparedCall::new(context, problem, data, level)?;
+    // NaN, so that an element that no step writes cannot pass for a result.
+    let shape = [problem.batch.tokens(), problem.spec.hidden_size];
+    let mut y = Tensor::from_f32(&vec![f32::NAN; shape[0] * shape[1]], problem.dtype, &shape)?;
+    let block = call.block.clone();
+    signals::check()?;
+    let start = Instant::now();
+    let (plan, step_seconds) = block.forward_timed(call.args(&mut y)?)?;
+    let seconds = start.elapsed().as_secs_f64();
+    signals::check()?;
+    let result = call.output(&y)?;
+    write_output(out, problem, &result.y, &result.k, &result.v, data.cache_rows(problem))?;
+    Ok(Ran { plan, seconds, step_seconds })
+}
+
+impl Ran {
+    fn text(&self, problem: &BlockProblem, out: &Path) -> String {
+        let plan = &self.plan;
+        format!(
+            "{problem}\nlevel {}, plan {:016x}: {} steps, {} GEMMs, {} launches\n{} for one call; {} of memory predicted beyond \
+             weights, cache, x and y\nwrote {}",
+            plan.level,
+            plan.id(),
+            plan.steps().count(),
+            plan.gemms(),
+            plan.launches(),
+            output::seconds(self.seconds),
+            output::bytes(plan.peak_bytes()),
+            out.display()
+        )
+    }
+
+    fn json(&self, problem: &BlockProblem, out: &Path) -> Value {
+        let steps = self.plan.steps().zip(&self.step_seconds);
+        let steps: Vec<_> =
+            steps.map(|(s, seconds)| json!({"op": s.op.name(), "kernel": s.kernel, "ms": seconds * 1e3})).collect();
+        json!({
+            "problem": problem.to_string(),
+            "level": self.plan.level.name(),
+            "plan": self.plan.to_string(),
+            "steps": steps,
+            "ms": self.seconds * 1e3,
+            "peak_bytes": self.plan.peak_bytes(),
+            "out": out,
+        })
+    }
+}

@@ -1,0 +1,236 @@
+//! `bench`: what it prints, writes and refuses.
+
+#[allow(dead_code, reason = "helpers of several test programs")]
+mod program;
+
+use std::{fs, path::Path, process::Output};
+
+use program::{folder, is_refusal, lawson, refused};
+use serde_json::Value;
+
+const TINY: [&str; 12] = ["--batch", "2", "--seq", "24", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"];
+
+const FIELDS: [&str; 34] = [
+    "study",
+    "level",
+    "same_as",
+    "device",
+    "dtype",
+    "kv_dtype",
+    "weights",
+    "batch",
+    "seq",
+    "past",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "causal",
+    "threads",
+    "median_ms",
+    "p10_ms",
+    "p90_ms",
+    "runs",
+    "peak_bytes",
+    "resident_bytes",
+    "traffic_bytes",
+    "flops",
+    "gflops",
+    "gbps",
+    "steps",
+    "gemms",
+    "launches",
+    "max_abs_err",
+    "rel_err",
+    "speedup",
+    "limit_share",
+    "plan",
+];
+
+fn bench(args: &[&str], out: &Path) -> Output {
+    let output =
+        lawson().arg("bench").args(args).args(["--threads", "2", "--out"]).arg(out).output().expect("the program starts");
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn results(out: &Path) -> Value {
+    let text = fs::read_to_string(out.join("results.json")).expect("results.json was written");
+    serde_json::from_str(&text).expect("results.json is JSON")
+}
+
+fn rows(results: &Value) -> Vec<&Value> {
+    results["results"].as_array().expect("results is a list").iter().collect()
+}
+
+/// Checks that the numbers of one of our rows hang together.
+fn check_row(row: &Value, peak_gflops: f64) {
+    let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name} of {row} is no number"));
+    for field in FIELDS {
+        assert!(row.get(field).is_some(), "{field} is missing in {row}");
+    }
+    let (low, median, high) = (number("p10_ms"), number("median_ms"), number("p90_ms"));
+    assert!(0.0 < low && low <= median && median <= high && number("runs") >= 5.0, "{row}");
+    assert!(number("rel_err") <= 5e-6 && number("max_abs_err") <= 1e-4, "{row}");
+    assert!(number("peak_bytes") >= 0.0 && number("resident_bytes") > 0.0 && number("gbps") > 0.0, "{row}");
+    if !row["flops"].is_null() {
+        let gflops = number("flops") / median * 1e-6;
+        assert!((number("gflops") / gflops - 1.0).abs() < 1e-6 && gflops < 2.0 * peak_gflops, "{row}");
+    }
+    assert!(row["limit_share"].is_null() || (0.0..=1.0).contains(&number("limit_share")), "{row}");
+}
+
+#[test]
+fn every_study_is_measured_and_reported() {
+    let out = folder("bench-all");
+    let output = bench(&[&["all"], &TINY[..]].concat(), &out);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.trim_end().ends_with(&format!("report: {}", out.join("index.html").display())), "{said}");
+    let results = results(&out);
+    assert_eq!(results["lawson"], env!("CARGO_PKG_VERSION"));
+    let peak = results["machine"]["peak_gflops"].as_f64().expect("the peak was measured");
+    assert!(peak > 0.0 && results["machine"]["bandwidth_gbps"].as_f64().is_some_and(|b| b > 0.0));
+    let rows = rows(&results);
+    for row in &rows {
+        check_row(row, peak);
+        assert!(said.contains(row["study"].as_str().expect("a study has a name")));
+    }
+    let levels = |study: &str, variant: &str| -> Vec<&str> {
+        let of = rows.iter().filter(|r| r["study"] == study && r["variant"].as_str().unwrap_or("").starts_with(variant));
+        of.map(|r| r["level"].as_str().expect("a level has a name")).collect()
+    };
+    let all = ["unfused", "minimal", "moderate", "maximal"];
+    assert_eq!(levels("block", ""), all);
+    assert_eq!(levels("throughput", ""), all);
+    assert_eq!((levels("qkv", "alone"), levels("qkv", "layer")), (all[..2].to_vec(), all[..2].to_vec()));
+    assert_eq!(levels("softmax", ""), all[..3]);
+    assert_eq!((levels("rope", "two-pass"), levels("rope", "fused")), (vec!["unfused"; 2], vec!["maximal"; 2]));
+    assert_eq!((levels("attention", ""), levels("decode", "")), (vec!["unfused", "maximal"], vec!["maximal"]));
+    let counts = |level: &str| {
+        let row = rows.iter().find(|r| r["study"] == "block" && r["level"] == level).expect("the level was measured");
+        assert_eq!(row["steps_table"].as_array().map(Vec::len), row["steps"].as_u64().map(|n| n as usize), "{row}");
+        assert!(row["plan"].as_str().is_some_and(|p| p.starts_with(level)), "{row}");
+        (row["steps"].as_u64(), row["gemms"].as_u64())
+    };
+    let (unfused, maximal) = (counts("unfused"), counts("maximal"));
+    assert!(unfused.0 > maximal.0 && unfused.1 > maximal.1, "{unfused:?} {maximal:?}");
+    let page = fs::read_to_string(out.join("index.html")).expect("the report was written");
+    for text in ["<svg", "unfused", "maximal", "three-pass", "B 2 · S 24", "E 64", "4/2 heads of 16"] {
+        assert!(page.contains(text), "{text} is not in the report");
+    }
+    assert_eq!(fs::read_dir(&out).expect("the folder is there").count(), 2, "nothing else was left there");
+}
+
+#[test]
+fn json_is_the_results_alone() {
+    let out = folder("bench-json");
+    let args =
+        ["block", "--seq", "1", "--past", "300", "--heads", "2", "--head-dim", "16", "--levels", "maximal,unfused", "--json"];
+    let output = bench(&args, &out);
+    let printed: Value = serde_json::from_slice(&output.stdout).expect("stdout is one JSON document");
+    assert_eq!(printed, results(&out));
+    let rows = rows(&printed);
+    assert_eq!(rows.iter().map(|r| r["level"].as_str().unwrap_or("")).collect::<Vec<_>>(), ["unfused", "maximal"]);
+    let median = |i: usize| rows[i]["median_ms"].as_f64().expect("it was timed");
+    assert!((rows[1]["speedup"].as_f64().expect("there is a baseline") / (median(0) / median(1)) - 1.0).abs() < 1e-9);
+    assert_eq!((&rows[0]["past"], &rows[0]["hidden"], &rows[0]["causal"]), (&300.into(), &32.into(), &true.into()));
+}
+
+#[test]
+fn narrow_types_and_full_attention_are_measured() {
+    for dtype in ["bf16", "f16"] {
+        let out = folder(&format!("bench-{dtype}"));
+        let shape = ["--seq", "33", "--heads", "2", "--head-dim", "16", "--dtype", dtype, "--causal", "false"];
+        for study in ["block", "attention", "qkv"] {
+            bench(&[&[study], &shape[..]].concat(), &out);
+            let results = results(&out);
+            for row in rows(&results) {
+                assert_eq!((&row["dtype"], &row["causal"]), (&dtype.into(), &false.into()));
+                assert!(row["rel_err"].as_f64().is_some_and(|e| e > 0.0 && e < 8e-3) && row["median_ms"].is_number(), "{row}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_is_not_installed_is_named() {
+    let out = folder("bench-peer");
+    let mut command = lawson();
+    command.args([
+        "bench",
+        "block",
+        "--seq",
+        "8",
+        "--heads",
+        "1",
+        "--head-dim",
+        "8",
+        "--levels",
+        "maximal",
+        "--peers",
+        "torch",
+        "--out",
+    ]);
+    let output = command.arg(&out).env("LAWSON_PYTHON", out.join("no-python")).output().expect("the program starts");
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stderr).contains("torch is not installed"));
+    let results = results(&out);
+    let peer = rows(&results).into_iter().find(|r| r["level"] == "peer:torch").expect("the peer has a row");
+    assert!(peer["median_ms"].is_null() && peer["note"].as_str().is_some_and(|n| n.contains("not installed")), "{peer}");
+}
+
+#[test]
+fn bad_arguments_are_refused_before_anything_is_written() {
+    let out = folder("bench-bad").join("report");
+    let refuse = |args: &[&str], parts: &[&str]| {
+        let output = lawson().arg("bench").args(args).arg("--out").arg(&out).output().expect("the program starts");
+        is_refusal(&output, parts);
+        assert!(!out.exists() || fs::read_dir(&out).is_ok_and(|mut d| d.next().is_none()), "{args:?} wrote a report");
+    };
+    refuse(&["flux"], &["flux", "softmax", "throughput"]);
+    refuse(&["block", "--heads", "6", "--kv-heads", "4"], &["multiple", "6", "4"]);
+    for flag in ["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim"] {
+        refuse(&["block", flag, "0"], &[flag, "0"]);
+        refuse(&["block", flag, "18446744073709551615"], &[flag]);
+        refuse(&["block", flag, "-1"], &["-1"]);
+    }
+    refuse(&["block", "--past", "99999999999"], &["--past"]);
+    refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
+    for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput"] {
+        refuse(&[study, "--batch", "4096", "--seq", "65536"], &["available"]);
+    }
+    refuse(&["block", "--seq", "16777216", "--head-dim", "8", "--heads", "64"], &["available"]);
+    refuse(&["block", "--head-dim", "7", "--heads", "2"], &["--head-dim", "even"]);
+    refuse(&["--dtype", "int3"], &["int3", "bf16"]);
+    refuse(&["--causal", "maybe"], &["maybe", "true", "false"]);
+    refuse(&["--levels", "most"], &["most", "moderate"]);
+    refuse(&["--peers", "jax"], &["jax", "torch", "candle"]);
+    refuse(&["--memory", "8GB"], &["8GB", "8GiB"]);
+    refuse(&["--preset", "article", "--seq", "7"], &["--preset", "--seq"]);
+    refuse(&["--preset", "slow"], &["slow", "quick"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_refused() {
+    let dir = folder("bench-out");
+    fs::write(dir.join("file"), "x").expect("a file can be written");
+    let inside = dir.join("file").join("report");
+    refused(&["bench", "block", "--seq", "8", "--out", &inside.to_string_lossy()], &["--out", "file"]);
+    fs::create_dir_all(dir.join("taken/index.html")).expect("a folder can be made");
+    refused(&["bench", "block", "--seq", "8", "--out", &dir.join("taken").to_string_lossy()], &["index.html"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_stops_without_a_report() {
+    use std::process::{Command, Stdio};
+    let out = folder("bench-stop");
+    let mut command = lawson();
+    command.args(["bench", "block", "--seq", "512", "--hidden", "512", "--out"]).arg(&out);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("the program ends");
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(fs::read_dir(&out).expect("the folder is there").count(), 0);
+}

@@ -1,0 +1,125 @@
+//! `explain`, `devices`, `check` and what all commands share.
+
+mod program;
+
+use program::{is_refusal, json, lawson, refused, stdout};
+
+const PROBLEM: &str = "block b=2 s=37 past=300 e=64 h=4/2 d=16 causal rope=half bf16";
+
+#[test]
+fn version_names_commit_and_instruction_set() {
+    let said = stdout(&["--version"]);
+    assert!(said.starts_with(&format!("lawson {} (commit ", env!("CARGO_PKG_VERSION"))), "{said}");
+    assert!(["portable", "avx2", "avx512"].iter().any(|isa| said.trim_end().ends_with(&format!("{isa})"))), "{said}");
+}
+
+#[test]
+fn help_shows_examples() {
+    assert!(stdout(&["--help"]).contains("LAWSON_ISA"));
+    for command in ["run", "explain", "devices", "check"] {
+        let said = stdout(&[command, "--help"]);
+        assert!(said.contains(&format!("lawson {command} ")) && said.contains("--device") && said.contains("Example"), "{said}");
+    }
+    let output = lawson().output().expect("the program starts");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty() && String::from_utf8_lossy(&output.stderr).contains("explain"));
+}
+
+#[test]
+fn an_unknown_instruction_set_is_refused() {
+    for args in [&["explain", PROBLEM][..], &["devices"], &["check", "--quick"], &["bench"]] {
+        let output = lawson().args(args).env("LAWSON_ISA", "mmx").output().expect("the program starts");
+        is_refusal(&output, &["LAWSON_ISA", "'mmx'", "portable, avx2, avx512"]);
+    }
+    let output = lawson().args(["explain", PROBLEM]).env("LAWSON_ISA", "portable").output().expect("the program starts");
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("-portable"));
+}
+
+#[test]
+fn explain_compares_the_levels() {
+    let said = stdout(&["explain", PROBLEM]);
+    for part in
+        ["past=300", "planned with past lengths rounded up", "qkv projection", "predicted", "(chosen)", "unfused", "maximal"]
+    {
+        assert!(said.contains(part), "{part:?} is not in: {said}");
+    }
+    // Without quotes around the problem.
+    let words: Vec<_> = ["explain"].into_iter().chain(PROBLEM.split(' ')).chain(["--fusion", "unfused"]).collect();
+    let said = stdout(&words);
+    assert!(said.contains("level unfused") && said.contains("softmax") && !said.contains("(chosen)"), "{said}");
+}
+
+#[test]
+fn explain_gives_the_plan_as_data() {
+    let said = json(&["explain", PROBLEM]);
+    let levels: Vec<_> =
+        said["levels"].as_array().expect("a list").iter().map(|l| l["level"].as_str().expect("a name")).collect();
+    assert_eq!(levels, ["unfused", "minimal", "moderate", "maximal"]);
+    for level in levels {
+        let said = json(&["explain", PROBLEM, "--fusion", level]);
+        let plan = &said["plan"];
+        assert!(said["levels"].is_null() && said["problem"].as_str().is_some_and(|p| p.contains("past=300")), "{said}");
+        assert_eq!(plan["level"], level);
+        let stages = plan["stages"].as_array().expect("a list");
+        let steps: Vec<_> = stages.iter().flat_map(|s| s["steps"].as_array().expect("a list")).collect();
+        assert_eq!(plan["step_count"], steps.len());
+        for step in steps {
+            for key in ["op", "kernel", "reads", "writes", "flops", "bytes", "predicted_ms", "why"] {
+                assert!(!step[key].is_null(), "{level}: {key} is missing in {step}");
+            }
+        }
+        assert!(plan["buffers"].is_array() && plan["rejected"].is_array() && plan["peak_bytes"].is_u64(), "{plan}");
+    }
+}
+
+#[test]
+fn wrong_problems_are_refused() {
+    refused(&["explain"], &["PROBLEM"]);
+    refused(&["explain", "nonsense"], &["nonsense"]);
+    refused(&["explain", "block b=1 s=4 e=8 h=3/2 d=4 causal f32"], &["num_attention_heads (3)"]);
+    refused(&["explain", PROBLEM, "--fusion", "full"], &["--fusion", "'full'", "auto, unfused"]);
+    refused(&["explain", "block b=1 s=4 e=18446744073709551615 h=1/1 d=4 causal f32"], &["hidden_size"]);
+    refused(&["explode"], &["explode"]);
+}
+
+#[test]
+fn devices_are_described() {
+    let said = stdout(&["devices", "--threads", "1"]);
+    for part in ["processor", "in use", "caches", "GB/s (measured)", "cuda: cannot run", "this build has no CUDA backend yet"] {
+        assert!(said.contains(part), "{part:?} is not in: {said}");
+    }
+    let said = json(&["devices"]);
+    let cpu = &said["cpu"];
+    for key in ["peak_gflops", "one_thread_peak_gflops", "bandwidth_gbps"] {
+        assert!(cpu[key].as_f64().is_some_and(|rate| rate > 0.0), "{key} in {cpu}");
+    }
+    assert!(cpu["isa_available"].as_array().is_some_and(|a| a.contains(&cpu["isa"])), "{cpu}");
+    assert_eq!(said["cuda"]["can_run"], false);
+}
+
+#[test]
+fn a_quick_check_passes() {
+    let said = json(&["check", "--quick"]);
+    assert_eq!((&said["passed"], said["failed"].as_array().map(Vec::len)), (&true.into(), Some(0)), "{said}");
+    assert!(said["ran"].as_u64().is_some_and(|n| n > 100), "{said}");
+    assert!(said["ran_on"].as_array().is_some_and(|a| a.contains(&"portable".into())), "{said}");
+    assert!(
+        said["could_not_run"].as_array().is_some_and(|a| a.iter().any(|l| l.as_str().is_some_and(|l| l.starts_with("cuda"))))
+    );
+    refused(&["check", "--device", "cuda:1"], &["cuda:1", "no CUDA backend"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_check() {
+    use std::{process::Stdio, thread::sleep, time::Duration};
+
+    let child = lawson().arg("check").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    sleep(Duration::from_millis(500));
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("the program ends");
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "error: interrupted\n");
+    assert!(output.stdout.is_empty());
+}
