@@ -69,7 +69,7 @@ pub fn print(text: impl AsRef<str>) -> Result<()> {
 /// Prints `value` as one JSON document.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value);
     print(text.map_err(|e| Error::new(ErrorKind::Corrupt, format!("the result cannot be written as JSON: {e}")))?)

@@ -448,6 +448,36 @@ fn broadcast_masks_are_full_masks() {
     }
 }
 
+/// Causal attention and windows see what a mask written out key by key shows.
+#[test]
+fn causal_and_window_are_explicit_masks() {
+    let context = context();
+    let full = block(&context, "block b=1 s=1 e=48 h=4/2 d=16 full");
+    let causal = block(&context, "block b=1 s=1 e=48 h=4/2 d=16 causal");
+    let window = block(&context, "block b=1 s=1 e=48 h=4/2 d=16 causal window=7");
+    for (past, new) in [(0, 100), (90, 70), (30, 1), (1000, 1), (1000, 2)] {
+        for (narrow, width) in [(&causal, usize::MAX), (&window, 7)] {
+            let mut mask = Vec::new();
+            for i in past..past + new {
+                mask.extend((0..past + new).map(|j| u8::from(j <= i && i - j < width)));
+            }
+            for level in Level::ALL {
+                let run = |block: &AttentionBlock, mask: Option<MaskRef<'_>>| {
+                    let mut cache = cache(block, 1, past + new);
+                    let mut rng = Rng::new(4);
+                    let mut kv = || rng.normals(2 * past * 16, 1.0);
+                    cache.import(0, 0, past, &kv(), &kv()).unwrap();
+                    let (x, batch) = (input(7, new), Batch::uniform(1, new).unwrap());
+                    let x = TensorRef::new(&x, &[new, E]).unwrap();
+                    block.at(Some(level)).forward_alloc(x, &batch, mask, cache.layer(0)).unwrap().to_f32()
+                };
+                let explicit = run(&full, Some(MaskRef::new(&mask, [1, 1, new, past + new]).unwrap()));
+                near(&run(narrow, None), &explicit, &format!("{level}: {new} tokens after {past}, {width} keys"));
+            }
+        }
+    }
+}
+
 #[test]
 fn threads_share_a_block_with_a_cache_each() {
     let context = context();

@@ -120,7 +120,7 @@ pub unsafe fn column<S: Simd, B: Elem, const ROWS_ADJACENT: bool>(s: S, m: usize
 /// C[m, 2·LANES] (+)= A · B with adjacent rows of A, asking for what `fetch` names on the way.
 ///
 /// # Safety
-/// As [`column`].
+/// As [`column()`].
 #[inline(always)]
 pub unsafe fn column_fetching<S: Simd, B: Elem>(s: S, m: usize, t: Tile<B>, fetch: Fetch) {
     // SAFETY: the caller's.
