@@ -1,7 +1,7 @@
 //! From a problem and a level of fusion to steps, buffers and offsets.
 
 use lawson_core::{
-    DType, Result,
+    DType, Error, Result,
     kernel::{KernelInfo, KernelOp, MachineProfile},
     plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
     problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
@@ -28,6 +28,8 @@ const GEMM_TILE: usize = 256;
 const LEAST_SPLIT: usize = 256;
 /// Work items that keep any sensible number of threads busy; a constant, so that results do not depend on the threads.
 const ENOUGH_ITEMS: usize = 64;
+/// Most elements of a buffer; keeps sums of their bytes within `isize`.
+const MOST_ELEMENTS: usize = 1 << 44;
 /// Buffers start at multiples of this.
 const ALIGN: usize = 64;
 
@@ -67,7 +69,7 @@ impl Planner<'_> {
     /// The plan of `problem` at `level`.
     ///
     /// # Errors
-    /// `InvalidInput` when the problem is not valid.
+    /// `InvalidInput` when the problem is not valid or a buffer is too large to address.
     pub fn plan(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
         problem.validate()?;
         let mut d = Draft {
@@ -85,6 +87,9 @@ impl Planner<'_> {
             Level::Unfused | Level::Minimal => d.materialised(level),
             Level::Moderate => d.moderate(),
             Level::Maximal => d.maximal(),
+        }
+        if let Some(l) = d.live.iter().find(|l| l.elements > MOST_ELEMENTS) {
+            return Err(Error::invalid(format!("the buffer '{}' of level {level} is too large to address", l.name.name())));
         }
         let (buffers, workspace_bytes) = place(&d.live);
         Ok(BlockPlan {
@@ -107,7 +112,13 @@ impl Planner<'_> {
         let mut best = self.plan(problem, Level::Maximal)?;
         let mut rejected = Vec::new();
         for level in [Level::Moderate, Level::Minimal, Level::Unfused] {
-            let other = self.plan(problem, level)?;
+            let other = match self.plan(problem, level) {
+                Ok(other) => other,
+                Err(e) => {
+                    rejected.push(Rejected { what: format!("level {level}"), why: e.to_string() });
+                    continue;
+                }
+            };
             let (winner, loser) = if other.seconds() < best.seconds() { (other, best) } else { (best, other) };
             rejected.push(Rejected {
                 what: format!("level {}", loser.level),
@@ -184,9 +195,10 @@ impl Draft<'_> {
     fn elements(&self, name: BufferName) -> (usize, DType) {
         let (a, p) = (&self.problem.spec.attention, self.problem);
         let strip = self.tile(KernelOp::AttentionPrefill).1;
-        let lanes = |n: usize| n.div_ceil(strip) * strip * a.heads;
+        // Saturating: `plan` refuses what does not fit.
+        let lanes = |n: usize| (n.div_ceil(strip) * strip).saturating_mul(a.heads);
         let (new, past) = (p.batch.new_tokens(), p.batch.past());
-        let strips: usize = new.iter().map(|&n| lanes(n)).sum();
+        let strips = new.iter().fold(0usize, |sum, &n| sum.saturating_add(lanes(n)));
         let rows = self.rows();
         match name {
             BufferName::H => (rows * p.spec.hidden_size, p.dtype),
@@ -202,8 +214,11 @@ impl Draft<'_> {
                 });
                 (rows * width, DType::F32)
             }
-            BufferName::QStrips | BufferName::OStrips => (strips * a.head_dim, DType::F32),
-            BufferName::Scores => (new.iter().zip(past).map(|(&n, &p)| lanes(n) * (n + p)).sum(), DType::F32),
+            BufferName::QStrips | BufferName::OStrips => (strips.saturating_mul(a.head_dim), DType::F32),
+            BufferName::Scores => {
+                let rows = |(&n, &p): (&usize, &usize)| lanes(n).saturating_mul(n + p);
+                (new.iter().zip(past).map(rows).fold(0, usize::saturating_add), DType::F32)
+            }
             BufferName::Projected => (rows * p.spec.hidden_size, DType::F32),
             BufferName::Parts => {
                 let parts = self.tiles().split.map_or(0, |s| p.batch.max_len().div_ceil(s));

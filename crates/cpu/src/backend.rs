@@ -123,7 +123,7 @@ impl Backend for Cpu {
                 self.run_gemm(*m, *n, *k, x, w, bias.as_deref(), *weight_dtype)
             }
             KernelCase::Norm { width, x, weight, eps } => {
-                if weight.len() != *width || !x.len().is_multiple_of(*width) {
+                if *width == 0 || weight.len() != *width || !x.len().is_multiple_of(*width) {
                     return Err(Error::invalid("a norm case whose lengths do not fit its width"));
                 }
                 let (mut out, mut scratch) = (vec![f32::NAN; x.len()], vec![0f32; *width]);
@@ -137,7 +137,7 @@ impl Backend for Cpu {
                 Ok(out)
             }
             KernelCase::Rope { head_dim, rotary_dim, layout, x, angles } => {
-                let count = x.len() / head_dim;
+                let count = x.len().checked_div(*head_dim).unwrap_or(0);
                 if x.len() != count * head_dim || angles.len() != count * rotary_dim / 2 || rotary_dim > head_dim {
                     return Err(Error::invalid("a rope case whose lengths do not fit its dimensions"));
                 }
@@ -165,6 +165,9 @@ impl Backend for Cpu {
                 Ok(out)
             }
             KernelCase::Softmax { width, x } => {
+                if *width == 0 || !x.len().is_multiple_of(*width) {
+                    return Err(Error::invalid("a softmax case whose length does not fit its width"));
+                }
                 let mut out = vec![f32::NAN; x.len()];
                 for (from, to) in x.chunks_exact(*width).zip(out.chunks_exact_mut(*width)) {
                     // SAFETY: both rows have `width` elements.
@@ -230,7 +233,7 @@ impl Cpu {
         bias: Option<&[f32]>,
         dtype: DType,
     ) -> Result<Vec<f32>> {
-        if x.len() != m * k || bias.is_some_and(|b| b.len() != n) {
+        if m.checked_mul(k) != Some(x.len()) || x.is_empty() || bias.is_some_and(|b| b.len() != n) {
             return Err(Error::invalid("a GEMM case whose lengths do not fit its shape"));
         }
         let tensor = lawson_core::TensorRef::new(w, &[n, k])?;
@@ -265,11 +268,15 @@ impl Cpu {
         if decode && p.batch.max_new() != 1 {
             return Err(Error::invalid("the decode kernel takes one new token a sequence"));
         }
-        let elements = p.batch.sequences() * s.kv_dim() * data.rows;
+        let elements = (p.batch.sequences() * s.kv_dim()).checked_mul(data.rows);
+        let per_head = |values: Option<&[f32]>, asked: bool| values.map(<[f32]>::len) == asked.then_some(s.heads);
         if data.q.len() != tokens * s.q_dim()
-            || data.k.len() != elements
-            || data.v.len() != elements
+            || elements != Some(data.k.len())
+            || data.v.len() != data.k.len()
             || data.rows < p.batch.max_len()
+            || !per_head(data.sinks, s.sinks)
+            || !per_head(data.slopes, s.alibi)
+            || split == Some(0)
         {
             return Err(Error::invalid("an attention case whose lengths do not fit its problem"));
         }

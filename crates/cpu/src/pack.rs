@@ -31,11 +31,14 @@ impl PackedMatrix {
     /// Packs `w` [n, k], rounded to `dtype`, in tiles of `tile_columns` outputs and panels of `panel`.
     ///
     /// # Errors
-    /// `OutOfMemory`; `InvalidInput` when `w` is not a contiguous matrix.
+    /// `OutOfMemory`; `InvalidInput` when `w` is not a contiguous matrix or is empty.
     pub fn new(w: &TensorRef<'_>, dtype: DType, tile_columns: usize, panel: usize, threads: &Threads) -> Result<Self> {
         let (&[n, k], true) = (w.shape(), w.is_contiguous()) else {
             return Err(Error::invalid(format!("a weight must be a contiguous matrix, got shape {:?}", w.shape())));
         };
+        if n == 0 || k == 0 {
+            return Err(Error::invalid(format!("a weight needs at least one row and one column, got {n} x {k}")));
+        }
         let tiles = n.div_ceil(tile_columns);
         let padded = tile_columns.next_multiple_of(panel);
         let elements = (tiles - 1) * padded + (n - (tiles - 1) * tile_columns).next_multiple_of(panel);

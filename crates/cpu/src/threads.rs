@@ -24,17 +24,17 @@ struct Shared {
     /// Counts jobs; a change tells workers that one is there.
     epoch: AtomicU32,
     stop: AtomicBool,
-    /// The job of this epoch; valid while `running` > 0.
+    /// The job of this epoch, while workers may still join it.
     job: Mutex<Option<(*const Job<'static>, usize)>>,
     wake: Condvar,
     next: AtomicUsize,
-    /// Workers that have not finished this epoch.
+    /// Workers that have joined this epoch's job and not left it; grows only under the lock of `job`.
     running: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: the job pointer is only read between the epoch's start and the last worker's decrement of `running`, while `run` keeps the
-// closure alive; the closure is Sync.
+// SAFETY: a worker takes the job pointer under the lock, counting itself in `running`; `run` takes the job back under the same lock and
+// waits for `running` to be 0 before the closure can go; the closure is Sync.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -97,10 +97,9 @@ impl Threads {
             return;
         }
         let shared = &*self.shared;
-        // SAFETY: only the lifetime is erased; `run` returns after every worker has let go of the job.
+        // SAFETY: only the lifetime is erased; `run` returns after every worker that joined has left the job.
         let erased: *const Job<'static> = unsafe { std::mem::transmute(std::ptr::from_ref(job)) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
         {
             let mut slot = lock(&shared.job);
             *slot = Some((erased, items));
@@ -108,6 +107,8 @@ impl Threads {
         }
         shared.wake.notify_all();
         shared.share(job, 0, items);
+        // A worker that has not woken by now is not waited for.
+        lock(&shared.job).take();
         let mut spins = 0u32;
         while shared.running.load(Ordering::Acquire) != 0 {
             spins += 1;
@@ -150,15 +151,18 @@ impl Shared {
                     slot = self.wake.wait(slot).unwrap_or_else(PoisonError::into_inner);
                 }
                 seen = self.epoch.load(Ordering::Acquire);
+                if slot.is_some() {
+                    self.running.fetch_add(1, Ordering::Relaxed);
+                }
                 *slot
             };
-            if self.stop.load(Ordering::Relaxed) {
-                return;
-            }
             if let Some((job, items)) = job {
                 // SAFETY: `run` waits for this worker's decrement below before the closure can go.
                 self.share(unsafe { &*job }, thread, items);
                 self.running.fetch_sub(1, Ordering::Release);
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return;
             }
         }
     }

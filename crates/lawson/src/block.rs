@@ -142,7 +142,7 @@ struct Inner {
     spec: BlockSpec,
     dtype: DType,
     packed: PackedBlock,
-    /// RoPE frequencies and the length they were computed for.
+    /// RoPE frequencies and the `length_key` they were computed for.
     frequencies: Mutex<Option<(usize, Arc<RopeFrequencies>)>>,
 }
 
@@ -328,7 +328,7 @@ impl Inner {
     /// RoPE frequencies of a call whose longest sequence has `longest` rows after the append.
     fn frequencies(&self, longest: usize) -> Option<Arc<RopeFrequencies>> {
         let rope = self.spec.rope.as_ref()?;
-        let key = if rope.depends_on_length() { longest } else { 0 };
+        let key = rope.length_key(longest);
         let mut kept = lock(&self.frequencies);
         match &*kept {
             Some((length, f)) if *length == key => Some(Arc::clone(f)),

@@ -97,8 +97,10 @@ pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The past length that a call with `past` rows is planned for.
-fn planned_past(past: usize) -> usize {
-    past.next_multiple_of(PAST_STEP)
+fn planned_past(past: usize, new: usize) -> usize {
+    /// Most rows of a sequence that a problem may have.
+    const MOST: usize = 1 << 24;
+    past.checked_next_multiple_of(PAST_STEP).unwrap_or(past).min(MOST.saturating_sub(new)).max(past)
 }
 
 impl Context {
@@ -183,7 +185,7 @@ impl Context {
         if let Some(kept) = lock(&self.0.plans).iter().find(kept) {
             return Ok(Arc::clone(&kept.plan));
         }
-        let past = call.past.iter().map(|&p| planned_past(p)).collect();
+        let past = call.past.iter().zip(call.new).map(|(&p, &n)| planned_past(p, n)).collect();
         let problem = BlockProblem {
             spec: call.spec.clone(),
             batch: Lengths::ragged(call.new.to_vec(), past)?,
@@ -227,7 +229,7 @@ pub(crate) struct Call<'a> {
 impl Call<'_> {
     fn fits(&self, p: &BlockProblem) -> bool {
         self.new == p.batch.new_tokens()
-            && self.past.iter().map(|&n| planned_past(n)).eq(p.batch.past().iter().copied())
+            && self.past.iter().zip(self.new).map(|(&p, &n)| planned_past(p, n)).eq(p.batch.past().iter().copied())
             && (self.mask, self.dtype, self.kv_dtype) == (p.mask, p.dtype, p.kv_dtype)
             && *self.spec == p.spec
     }

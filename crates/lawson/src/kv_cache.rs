@@ -21,11 +21,12 @@ impl Batch {
     /// `new[b]` new tokens for sequence b.
     ///
     /// # Errors
-    /// `InvalidInput` when `new` is empty or holds a 0.
+    /// `InvalidInput` when `new` is empty, holds a 0 or more than 2^24.
     pub fn ragged(new: Vec<usize>) -> Result<Self> {
         match new.iter().position(|&n| n == 0) {
             Some(b) => Err(Error::invalid(format!("sequence {b} of the batch has no new token; each needs at least one"))),
             None if new.is_empty() => Err(Error::invalid("a batch needs at least one sequence")),
+            None if new.iter().any(|&n| n > 1 << 24) => Err(Error::invalid("a sequence gets at most 2^24 new tokens")),
             None => Ok(Batch(new)),
         }
     }
@@ -61,7 +62,7 @@ impl KvCache {
     /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows.
     ///
     /// # Errors
-    /// `InvalidInput` when a number is 0, `OutOfMemory`.
+    /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`.
     pub fn new(
         _: &Context,
         spec: &AttentionSpec,
@@ -70,6 +71,7 @@ impl KvCache {
         capacity: usize,
         dtype: DType,
     ) -> Result<Self> {
+        spec.validate()?;
         for (what, n) in [("layers", layers), ("sequences", sequences), ("capacity", capacity)] {
             if n == 0 {
                 return Err(Error::invalid(format!("a cache needs at least 1 of {what}, got 0")));

@@ -163,7 +163,13 @@ pub fn rope(context: &Context, x: &mut TensorMut<'_>, positions: &[usize], spec:
         )));
     }
     spec.validate(d)?;
-    let longest = positions.iter().max().map_or(0, |p| p + 1);
+    if tokens == 0 || heads == 0 {
+        return Ok(());
+    }
+    let longest = positions.iter().max().map_or(0, |p| p.saturating_add(1));
+    if longest > 1 << 24 {
+        return Err(Error::invalid(format!("position {} is too large; at most 2^24 − 1", longest - 1)));
+    }
     let (frequencies, rotary) = (spec.frequencies(d, longest), spec.rotary_dim(d));
     let width = rope::table_width(spec.layout, rotary);
     let (k, threads) = (&context.0.cpu.kernels, &context.0.cpu.threads);
@@ -228,6 +234,9 @@ pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, me
     };
     if out.shape() != x.shape() || out.dtype() != DType::F32 {
         return Err(shape_error("out", &out.as_ref(), &format!("{:?} f32", x.shape())));
+    }
+    if count == 0 || width == 0 {
+        return Ok(());
     }
     let (k, threads) = (&context.0.cpu.kernels, &context.0.cpu.threads);
     let (from, to) = (rows(x, width), rows_mut(out, width));

@@ -196,7 +196,7 @@ impl<'a> BlockReference<'a> {
         check("y", limit, &gather(y, &self.tokens, e), &self.y, e)
     }
 
-    /// What a peer's y may be off: some round more often than we do.
+    /// The verdict on a peer's y, within [`peer_limit`].
     pub fn check_peer(&self, y: &[f32]) -> Checked {
         let e = self.problem.spec.hidden_size;
         if y.len() != self.problem.batch.tokens() * e {
@@ -206,9 +206,9 @@ impl<'a> BlockReference<'a> {
     }
 }
 
-/// What a peer's result may be off: in narrow types some round more often than we do.
+/// What a peer's result may be off: their sums are in other orders, and in narrow types some round more often than we do.
 pub fn peer_limit(dtype: DType) -> f64 {
-    limit(&[dtype]) * if dtype == DType::F32 { 1.0 } else { 4.0 }
+    4.0 * limit(&[dtype])
 }
 
 /// The verdict on a result of another size.

@@ -189,6 +189,9 @@ impl AttentionProblem {
     /// `InvalidInput`, naming the field.
     pub fn validate(&self) -> Result<()> {
         self.spec.validate()?;
+        if self.batch.sequences() == 0 || self.batch.new.contains(&0) {
+            return Err(Error::invalid("a batch needs at least one sequence, and each sequence at least one new token"));
+        }
         let longest = self.batch.new.iter().zip(&self.batch.past).map(|(&n, &p)| n as u128 + p as u128).max().unwrap_or(0);
         if longest > 1 << 24 {
             return Err(Error::invalid(format!("a sequence of {longest} rows is too long; at most 2^24")));

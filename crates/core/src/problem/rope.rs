@@ -119,9 +119,13 @@ impl RopeSpec {
         self.rotary_dim.unwrap_or(head_dim)
     }
 
-    /// Whether the frequencies depend on the longest sequence of the call.
-    pub fn depends_on_length(&self) -> bool {
-        matches!(self.scaling, RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. })
+    /// A number that is equal for calls with equal frequencies, `longest` being the rows of their longest sequence.
+    pub fn length_key(&self, longest: usize) -> usize {
+        match &self.scaling {
+            RopeScaling::Dynamic { original, .. } => longest.max(*original),
+            RopeScaling::LongRope { original, .. } => usize::from(longest > *original),
+            _ => 0,
+        }
     }
 
     /// Checks every range.

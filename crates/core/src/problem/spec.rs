@@ -1,6 +1,6 @@
 //! Specifications of attention and of the block.
 
-use std::ops::Range;
+use std::{f64::consts::LOG2_E, ops::Range};
 
 use super::{Real, RopeSpec};
 use crate::{Error, Result};
@@ -100,12 +100,16 @@ impl AttentionSpec {
         if self.scale.is_some_and(|s| s.get() == 0.0 || !f32_range(s)) {
             return Err(Error::invalid("scale must be finite and not 0, also as f32"));
         }
-        match self.softcap {
-            Some(c) if c.get() <= 0.0 || !f32_range(c) => {
-                Err(Error::invalid(format!("softcap must be > 0, also as f32, got {c}")))
+        if let Some(c) = self.softcap {
+            // Kernels multiply by these two in f32.
+            let derived = [self.scale() / c.get(), c.get() * LOG2_E];
+            if c.get() <= 0.0 || !f32_range(c) || derived.iter().any(|&f| !(f as f32).is_normal()) {
+                return Err(Error::invalid(format!("softcap must be > 0 and in the range of f32, scale/softcap too, got {c}")));
             }
-            _ => Ok(()),
+        } else if !((self.scale() * LOG2_E) as f32).is_normal() {
+            return Err(Error::invalid("scale must stay in the range of f32 when it is multiplied by log2(e)"));
         }
+        Ok(())
     }
 }
 

@@ -62,7 +62,10 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
             let n = end - start;
             let k = a.cache.k_row(b, item.kv_head, start);
             let v = a.cache.v_row(b, item.kv_head, start);
-            with_elem!(a.cache.dtype, T => dots::<S, T>(s, q, group, d, k.cast::<T>(), a.cache.row_stride, n, p));
+            let next = a.cache.k_row(b, item.kv_head, end);
+            with_elem!(a.cache.dtype, T => {
+                dots::<S, T>(s, q, group, d, k.cast::<T>(), a.cache.row_stride, n, p, [v.cast::<T>(), next.cast::<T>()])
+            });
             let mut fresh = false;
             for r in 0..group {
                 let (p, head) = (p.add(r * tile), head0 + r);
@@ -131,10 +134,20 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
     }
 }
 
-/// p[r, j] = q[r] · k[j] for all heads of the group and `n` keys.
+/// p[r, j] = q[r] · k[j] for all heads of the group and `n` keys; rows of `ahead`, read next, are fetched on the way.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn dots<S: Simd, T: Elem>(s: S, q: *const f32, group: usize, d: usize, k: *const T, stride: usize, n: usize, p: *mut f32) {
+unsafe fn dots<S: Simd, T: Elem>(
+    s: S,
+    q: *const f32,
+    group: usize,
+    d: usize,
+    k: *const T,
+    stride: usize,
+    n: usize,
+    p: *mut f32,
+    ahead: [*const T; 2],
+) {
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
     unsafe fn heads<S: Simd, T: Elem, const R: usize>(
@@ -146,8 +159,16 @@ unsafe fn dots<S: Simd, T: Elem>(s: S, q: *const f32, group: usize, d: usize, k:
         stride: usize,
         n: usize,
         p: *mut f32,
+        ahead: [*const T; 2],
+        ahead_bytes: usize,
     ) {
         for j in 0..n {
+            for start in ahead {
+                let row = start.wrapping_add(j * stride).cast::<u8>();
+                for line in (0..ahead_bytes).step_by(64) {
+                    s.fetch(row.wrapping_add(line));
+                }
+            }
             // SAFETY: the caller's; q is padded with zeros to whole vectors, k is read by count at its end.
             unsafe {
                 let k = k.add(j * stride);
@@ -170,13 +191,14 @@ unsafe fn dots<S: Simd, T: Elem>(s: S, q: *const f32, group: usize, d: usize, k:
     let mut r = 0;
     while r < group {
         let (q, p) = (q.wrapping_add(r * width), p.wrapping_add(r * CacheRows::TILE));
+        let bytes = if r == 0 { d * size_of::<T>() } else { 0 };
         // SAFETY: the caller's.
         unsafe {
             match group - r {
-                1 => heads::<S, T, 1>(s, q, width, d, k, stride, n, p),
-                2 => heads::<S, T, 2>(s, q, width, d, k, stride, n, p),
-                3 => heads::<S, T, 3>(s, q, width, d, k, stride, n, p),
-                _ => heads::<S, T, 4>(s, q, width, d, k, stride, n, p),
+                1 => heads::<S, T, 1>(s, q, width, d, k, stride, n, p, ahead, bytes),
+                2 => heads::<S, T, 2>(s, q, width, d, k, stride, n, p, ahead, bytes),
+                3 => heads::<S, T, 3>(s, q, width, d, k, stride, n, p, ahead, bytes),
+                _ => heads::<S, T, 4>(s, q, width, d, k, stride, n, p, ahead, bytes),
             }
         }
         r += 4.min(group - r);

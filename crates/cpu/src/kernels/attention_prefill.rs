@@ -368,7 +368,7 @@ unsafe fn attend_tile<S: Simd>(
         };
         column::<S, f32, false>(s, n, vectors, product);
         let low = if a.spec.causal && rows.end > strip.low + 1 { Some(()) } else { None };
-        let window = a.spec.window.filter(|&w| rows.start + w <= strip.high);
+        let window = a.spec.window.filter(|&w| rows.start.saturating_add(w) <= strip.high);
         let minus_inf = s.splat(f32::NEG_INFINITY);
         for j in 0..vectors {
             let c = scores.add(j * S::LANES);

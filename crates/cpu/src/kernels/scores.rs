@@ -15,6 +15,9 @@ use crate::{
     simd::Simd,
 };
 
+/// Dimensions that are summed before they are added to a score: large scores keep more of their last bits that way.
+const PART: usize = 32;
+
 /// The strips of a call.
 #[derive(Clone, Copy)]
 pub struct Strips<'a> {
@@ -26,14 +29,6 @@ pub struct Strips<'a> {
     pub scores: *mut f32,
     /// Results as strips.
     pub o: *mut f32,
-}
-
-/// f32 of all strips of queries (or results) and of all scores.
-pub fn lengths(new: &[usize], past: &[usize], heads: usize, head_dim: usize, strip: usize) -> (usize, usize) {
-    let strips = |n: usize| n.div_ceil(strip) * heads * strip;
-    let q = new.iter().map(|&n| strips(n) * head_dim).sum();
-    let scores = new.iter().zip(past).map(|(&n, &p)| strips(n) * (n + p)).sum();
-    (q, scores)
 }
 
 /// One strip.
@@ -158,9 +153,12 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
         unsafe {
             let (k, stride) = tile_f32(s, cache, cache.k_row(strip.sequence, strip.head / group, start), n, d, scratch);
             let c = strip.scores.add(start * width);
-            let b = strip.q.cast_const();
-            let product = Tile { k: d, a: k, a_stride: stride, b, b_stride: width, c, c_stride: width, accumulate: false };
-            column::<S, f32, false>(s, n, 2, product);
+            for part in (0..d).step_by(PART) {
+                let (k, b) = (k.add(part), strip.q.add(part * width).cast_const());
+                let (steps, accumulate) = (PART.min(d - part), part > 0);
+                let product = Tile { k: steps, a: k, a_stride: stride, b, b_stride: width, c, c_stride: width, accumulate };
+                column::<S, f32, false>(s, n, 2, product);
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 //! Operations 2·M·N·k; bytes read from first-level cache (M + N)·k·4. With M = MR rows and N = 2·LANES columns an AVX-512 step
 //! needs 24 FMAs and 14 loads, so that two FMA ports stay busy with two load ports. Every product of the block runs here: the
 //! GEMMs (A packed activations, B packed weights), scores (A rows of K, B transposed queries), weighted values (A rows of V, B
-//! transposed probabilities) and decode (A probabilities, B rows of V). Each element of C sums over k in order, whatever M and N.
+//! transposed probabilities) and decode (A probabilities, B rows of V). Each element of C sums over k in order and is then added to C, whatever M
+//! and N.
 
 use crate::simd::{Elem, Simd};
 
@@ -46,13 +47,6 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
     let mut acc = [[s.splat(0.0); NV]; M];
     // SAFETY: the caller's: every pointer below stays within A [M, k], B [k, NV·LANES] or C [M, NV·LANES].
     unsafe {
-        if t.accumulate {
-            for (i, row) in acc.iter_mut().enumerate() {
-                for (j, v) in row.iter_mut().enumerate() {
-                    *v = s.load(t.c.add(i * t.c_stride + j * S::LANES));
-                }
-            }
-        }
         let (mut a, mut b) = (t.a, t.b);
         macro_rules! step {
             () => {
@@ -95,7 +89,9 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, v) in row.iter().enumerate() {
-                s.store(t.c.add(i * t.c_stride + j * S::LANES), *v);
+                let c = t.c.add(i * t.c_stride + j * S::LANES);
+                // A sum of partial sums loses less than one long sum.
+                s.store(c, if t.accumulate { s.add(s.load(c), *v) } else { *v });
             }
         }
     }
