@@ -228,7 +228,8 @@ impl Draft<'_> {
         }
     }
 
-    /// The dtype of q and k in memory: f32 where passes of their own still norm or turn them, so that they are rounded once.
+    /// The dtype of the buffers of q and k: f32 where separate passes norm or turn them. k is then rounded once, on its way to the
+    /// cache; q stays f32.
     fn unturned(&self) -> DType {
         let spec = &self.problem.spec;
         let passes = self.level != Level::Maximal && (spec.rope.is_some() || spec.qk_norm.is_some());

@@ -236,7 +236,7 @@ impl Operand {
 pub struct Step {
     /// What it does.
     pub op: Op,
-    /// The dispatch row that does it.
+    /// The family of kernels that does it.
     pub kernel: String,
     /// What it reads.
     pub reads: Vec<Operand>,

@@ -157,7 +157,7 @@ kernels! {
     row_scale(x: *mut f32, n: usize, factor: f32) = softmax::row_scale;
     /// The peak probe.
     fma_probe(rounds: usize) -> f32 = tile::fma_probe;
-    /// exp2 and tanh of a row, in place.
+    /// 2^x of a row, in place.
     exp2_row(x: *mut f32, n: usize) = crate::math::exp2_row;
     /// tanh of a row, in place.
     tanh_row(x: *mut f32, n: usize) = crate::math::tanh_row;

@@ -87,6 +87,7 @@ impl Threads {
     }
 
     /// Calls `job(thread, item)` once for each item in 0 .. `items`, on all threads; returns when all are done.
+    /// One loop runs at a time: calling this from inside a job of the same pool deadlocks.
     ///
     /// # Panics
     /// With the first panic of `job`, after every thread has stopped.

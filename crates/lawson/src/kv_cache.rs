@@ -59,7 +59,8 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows.
+    /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows. The
+    /// context decides where its memory lies: today in that of the CPU.
     ///
     /// # Errors
     /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`.

@@ -241,7 +241,7 @@ fn check_size(what: &str, a: u128, b: u128) -> Result<()> {
 pub enum Level {
     /// Every intermediate goes through memory ("traditional").
     Unfused,
-    /// One QKV GEMM from concatenated weights; the rest as `Unfused`.
+    /// One QKV launch: three packed matrices as its segments, which share packed x; the rest as `Unfused`.
     Minimal,
     /// One QKV GEMM; RoPE and KV append in one pass; tiled attention.
     Moderate,

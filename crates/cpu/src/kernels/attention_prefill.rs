@@ -413,18 +413,33 @@ unsafe fn attend_tile<S: Simd>(
             let (m, l) = (strip.m.add(j * S::LANES), strip.l.add(j * S::LANES));
             let old = s.load(m);
             let mut top = [old; 4];
-            for i in 0..n {
-                top[i % 4] = s.max(top[i % 4], s.load(c.add(i * width)));
+            let fours = n / 4 * 4;
+            for i in (0..fours).step_by(4) {
+                for (u, top) in top.iter_mut().enumerate() {
+                    *top = s.max(*top, s.load(c.add((i + u) * width)));
+                }
+            }
+            for i in fours..n {
+                top[0] = s.max(top[0], s.load(c.add(i * width)));
             }
             let new = s.max(s.max(top[0], top[1]), s.max(top[2], top[3]));
             // A lane that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
             let base = s.select_lt(minus_inf, new, new, s.splat(0.0));
             let alpha = exp2(s, s.sub(old, base));
             let mut sum = [s.splat(0.0); 4];
-            for i in 0..n {
-                let p = exp2(s, s.sub(s.load(c.add(i * width)), base));
-                s.store(c.add(i * width), p);
-                sum[i % 4] = s.add(sum[i % 4], p);
+            for i in (0..fours).step_by(4) {
+                for (u, sum) in sum.iter_mut().enumerate() {
+                    let p = c.add((i + u) * width);
+                    let x = exp2(s, s.sub(s.load(p), base));
+                    s.store(p, x);
+                    *sum = s.add(*sum, x);
+                }
+            }
+            for i in fours..n {
+                let p = c.add(i * width);
+                let x = exp2(s, s.sub(s.load(p), base));
+                s.store(p, x);
+                sum[0] = s.add(sum[0], x);
             }
             let sum = s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]));
             s.store(l, s.fma(s.load(l), alpha, sum));

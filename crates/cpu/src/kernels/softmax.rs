@@ -37,10 +37,9 @@ pub unsafe fn row_exp<S: Simd>(s: S, x: *const f32, n: usize, m: f32, out: *mut 
     let (mut sum, mut i) = ([s.splat(0.0); 2], 0);
     // SAFETY: i stays below n; the tail is loaded and stored by count.
     unsafe {
-        let e = |v: S::F| exp2(s, s.mul(s.sub(v, base), log2e));
         while i + 2 * S::LANES <= n {
             for (j, sum) in sum.iter_mut().enumerate() {
-                let p = e(s.load(x.add(i + j * S::LANES)));
+                let p = exp2(s, s.mul(s.sub(s.load(x.add(i + j * S::LANES)), base), log2e));
                 s.store(out.add(i + j * S::LANES), p);
                 *sum = s.add(*sum, p);
             }
@@ -49,7 +48,7 @@ pub unsafe fn row_exp<S: Simd>(s: S, x: *const f32, n: usize, m: f32, out: *mut 
         let mut total = s.sum(s.add(sum[0], sum[1]));
         while i < n {
             let c = S::LANES.min(n - i);
-            s.store_n(out.add(i), e(s.load_n(x.add(i), c)), c);
+            s.store_n(out.add(i), exp2(s, s.mul(s.sub(s.load_n(x.add(i), c), base), log2e)), c);
             total += (i..i + c).map(|j| *out.add(j)).sum::<f32>();
             i += c;
         }
