@@ -3,6 +3,24 @@
 use clap::Args;
 use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result};
 
+/// What a problem's line is made of, as help texts show it.
+pub const PROBLEM_HELP: &str = "\
+A problem is the word block and then, each at most once:
+  b=1            sequences (not needed where s= or past= lists one number for each)
+  s=128          new tokens of each sequence; s=3,5 gives each its own (explain only)
+  past=256       rows in the cache before the call, or one number for each sequence [default: 0]
+  e=4096         hidden size
+  h=32/8         query heads / key-value heads, or h=32 when they are as many
+  d=128          head dimension [default: e over the query heads]
+  causal | full  whether a token sees only those before it [default: causal]
+  window=W scale=X softcap=X sinks alibi
+  mask | mask=b | mask=h | mask=bh   one mask, or one for each sequence, head or both
+  qk_norm=1e-6 input_norm=1e-6 residual
+  bias=qkvo      any of the letters q, k, v, o
+  rope=half | rope=interleaved   then ,theta=10000 ,dim=64 and one of ,linear: ,dynamic: ,llama3: ,yarn: ,longrope:
+  f32 | bf16 | f16       compute dtype [default: f32]
+  kv=f32 | kv=bf16 | kv=f16   dtype of the cache [default: the compute dtype]";
+
 /// Flags of every command.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Every command")]

@@ -19,7 +19,7 @@ Examples:
   lawson check --quick
   lawson check --json";
 
-/// Check every kernel and every level of the block on every instruction set of this machine against an exact reference
+/// Check every kernel and every level of the block on every instruction set of this machine against a float64 reference
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct CheckArgs {

@@ -13,17 +13,13 @@ use crate::{
 };
 
 const AFTER_HELP: &str = "\
-A problem is one line: b sequences, s new tokens, past rows, e hidden size, h query/key-value heads, d head dimension; then causal or
-full, and what else the block has: window= scale= softcap= sinks alibi mask qk_norm= input_norm= residual bias= rope= kv=; and
-the compute dtype, f32, bf16 or f16.
-
 Examples:
   lawson explain 'block b=1 s=2048 e=4096 h=32/8 d=128 causal rope=half bf16'
   lawson explain 'block b=8 s=1 past=4096 e=4096 h=32/8 d=128 causal rope=half bf16 kv=f16' --fusion maximal --json";
 
 /// Show the plan of a problem: each step's kernel, tiles, reads, writes, reason, predicted time and bytes, and what was rejected
 #[derive(Args, Debug)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = format!("{}\n\n{AFTER_HELP}", args::PROBLEM_HELP))]
 pub struct ExplainArgs {
     /// The problem as one line, as every command prints it
     #[arg(value_name = "PROBLEM", required = true)]

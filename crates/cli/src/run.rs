@@ -30,11 +30,18 @@ Examples:
   lawson run --problem 'block b=2 s=64 past=256 e=512 h=8/2 d=64 causal rope=half bf16' --seed 7 --write case
 
 out.safetensors holds y [B, S, E] and the caches after the append, k and v [B, G, P+S, D], in the compute dtype. It is written
-whole or not at all.";
+whole or not at all.
+
+";
+
+/// The examples, and what a problem is made of.
+fn after_help() -> String {
+    format!("{AFTER_HELP}{}", args::PROBLEM_HELP)
+}
 
 /// Compute one attention block from a block file, or from a layer of a checkpoint; or make a block file with random numbers
 #[derive(Args, Debug)]
-#[command(after_help = AFTER_HELP, group = ArgGroup::new("what").required(true).args(["block", "checkpoint", "problem"]))]
+#[command(after_help = after_help(), group = ArgGroup::new("what").required(true).args(["block", "checkpoint", "problem"]))]
 pub struct RunArgs {
     /// The block's description (block.json); its weights and input come from --tensors
     #[arg(long, value_name = "FILE")]
@@ -42,15 +49,15 @@ pub struct RunArgs {
     /// A Hugging Face checkpoint folder (Llama, Mistral, Qwen2, Qwen3): the self-attention of one layer
     #[arg(long, value_name = "DIR", requires = "layer")]
     checkpoint: Option<PathBuf>,
-    /// The problem as one line, to be filled with N(0, 1) inputs and weights; see --write
-    #[arg(long, value_name = "PROBLEM", requires = "write", conflicts_with = "tensors")]
+    /// The problem as one line, to be filled with N(0, 1) inputs and weights; needs --out to run it, --write to keep it, or both
+    #[arg(long, value_name = "PROBLEM", conflicts_with = "tensors")]
     problem: Option<BlockProblem>,
 
     /// Input (safetensors). With --block: x, the weights and what else the block asks for; with --checkpoint: x and optionally
     /// past_k, past_v, lengths, mask
     #[arg(long, value_name = "FILE", required_unless_present = "problem")]
     tensors: Option<PathBuf>,
-    /// Where to write y, k and v (safetensors). With --problem: also run what was written
+    /// Where to write y, k and v (safetensors). With --problem: optional beside --write
     #[arg(long, value_name = "FILE", required_unless_present = "problem")]
     out: Option<PathBuf>,
 
@@ -78,8 +85,8 @@ pub struct RunArgs {
     /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::kv_dtype)]
     kv_dtype: Auto<DType>,
-    /// How weights are held: auto (in the compute dtype)
-    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
+    /// How weights are held: auto (in the compute dtype), which is all there is yet
+    #[arg(long, hide = true, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
     weights: WeightKind,
 }
 
@@ -89,18 +96,28 @@ pub struct RunArgs {
 /// `InvalidInput`, naming the file, key, tensor or flag; `OutOfMemory`; `Device` when a disk fails; `Cancelled`.
 pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     // Everything that can be refused is refused before the work.
-    args.out.as_deref().map_or(Ok(()), check_writable)?;
+    if args.problem.is_some() && args.out.is_none() && args.write.is_none() {
+        return Err(Error::invalid("--problem needs --out to run it, --write to keep it, or both"));
+    }
+    args.out.as_deref().map_or(Ok(()), |out| check_input(args, out).and_then(|()| check_writable(out)))?;
     let context = global.context()?;
     let mut result = json!({});
-    if let (Some(problem), Some(dir)) = (&args.problem, &args.write) {
-        write_problem(problem, args.seed, dir)?;
+    let made = args.problem.as_ref().map(|problem| make(problem, args.seed)).transpose()?;
+    if let (Some((problem, data)), Some(dir)) = (&made, &args.write) {
+        write_block_file(dir, problem, data).map_err(|e| e.at("--write"))?;
         merge(&mut result, json!({"problem": problem.to_string(), "seed": args.seed, "written": dir}));
         if !global.json {
             output::print(format!("{problem}\nwrote {}/block.json and in.safetensors (seed {})", dir.display(), args.seed))?;
         }
     }
     if let Some(out) = &args.out {
-        let (problem, data) = read(args)?.into_parts();
+        let (problem, data) = match made {
+            Some((problem, data)) => {
+                let (dtype, kv_dtype) = (args.dtype.0.unwrap_or(problem.dtype), args.kv_dtype.0.unwrap_or(problem.kv_dtype));
+                (BlockProblem { dtype, kv_dtype, ..problem }, data)
+            }
+            None => read(args)?.into_parts(),
+        };
         signals::check()?;
         let ran = compute(&context, &problem, &data, args.fusion.0, out)?;
         if !global.json {
@@ -121,6 +138,40 @@ fn merge(object: &mut Value, more: Value) {
     }
 }
 
+/// Whether two paths lead to one file: by whatever names, links included, and also when it does not exist yet.
+fn same_file(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    if let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) {
+        use std::os::unix::fs::MetadataExt;
+        return (a.dev(), a.ino()) == (b.dev(), b.ino());
+    }
+    let place = |path: &Path| {
+        path.canonicalize().ok().or_else(|| {
+            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(folder.canonicalize().ok()?.join(path.file_name()?))
+        })
+    };
+    place(a).is_some_and(|a| place(b) == Some(a))
+}
+
+/// Refuses an output in the place of an input, or of what --write makes.
+fn check_input(args: &RunArgs, out: &Path) -> Result<()> {
+    let mut inputs: Vec<(&str, PathBuf)> = Vec::new();
+    inputs.extend(args.block.iter().map(|p| ("--block", p.clone())));
+    inputs.extend(args.tensors.iter().map(|p| ("--tensors", p.clone())));
+    inputs.extend(args.write.iter().flat_map(|dir| ["block.json", "in.safetensors"].map(|name| ("--write", dir.join(name)))));
+    // A checkpoint folder that cannot be listed is refused where it is opened.
+    let files = args.checkpoint.iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten();
+    inputs.extend(files.map(|f| ("--checkpoint", f.path())));
+    match inputs.iter().find(|(_, path)| same_file(path, out)) {
+        None => Ok(()),
+        Some((flag, path)) => {
+            let (out, path) = (out.display(), path.display());
+            Err(Error::invalid(format!("--out {out}: it would overwrite {path}, which {flag} names; give it another name")))
+        }
+    }
+}
+
 /// Whether a file can be put at `path`, found out by putting an empty one beside it.
 fn check_writable(path: &Path) -> Result<()> {
     let refused = |why: &dyn std::fmt::Display| Error::invalid(format!("--out {}: cannot be written: {why}", path.display()));
@@ -136,13 +187,9 @@ fn given<'a, T>(flag: &str, value: &'a Option<T>) -> Result<&'a T> {
     value.as_ref().ok_or_else(|| Error::invalid(format!("{flag} is missing")))
 }
 
-/// Problem and data of whichever form of the command.
+/// Problem and data of --block or --checkpoint.
 fn read(args: &RunArgs) -> Result<BlockFile> {
     let (dtype, kv_dtype) = (args.dtype.0, args.kv_dtype.0);
-    if let (Some(problem), Some(dir)) = (&args.problem, &args.write) {
-        let kv_dtype = kv_dtype.or(Some(problem.kv_dtype));
-        return BlockFile::open(dir.join("block.json"), dir.join("in.safetensors"), dtype, kv_dtype);
-    }
     let tensors = given("--tensors", &args.tensors)?;
     if let Some(block) = &args.block {
         return BlockFile::open(block, tensors, dtype, kv_dtype);
@@ -153,7 +200,8 @@ fn read(args: &RunArgs) -> Result<BlockFile> {
     BlockFile::with_weights(spec, &weights.as_ref(), &TensorFile::open(tensors)?, dtype, kv_dtype)
 }
 
-fn write_problem(problem: &BlockProblem, seed: u64, dir: &Path) -> Result<()> {
+/// The problem with random numbers.
+fn make(problem: &BlockProblem, seed: u64) -> Result<(BlockProblem, BlockData)> {
     let new = problem.batch.new_tokens();
     if let Some(other) = new.iter().find(|&&n| n != new[0]) {
         let what = "--problem: a block file needs the same number of new tokens in every sequence";
@@ -165,7 +213,7 @@ fn write_problem(problem: &BlockProblem, seed: u64, dir: &Path) -> Result<()> {
         let (needed, memory) = (output::bytes(needed as usize), output::bytes(memory));
         return Err(Error::new(ErrorKind::OutOfMemory, format!("--problem: needs {needed}, but this machine has {memory}")));
     }
-    write_block_file(dir, problem, &data_for(problem, seed, Sharpness::Ordinary)).map_err(|e| e.at("--write"))
+    Ok((problem.clone(), data_for(problem, seed, Sharpness::Ordinary)))
 }
 
 /// Bytes of a problem's numbers as f32 and, at the same time, as they are stored.
@@ -189,6 +237,8 @@ struct Ran {
     seconds: f64,
     /// Of each of the plan's steps.
     step_seconds: Vec<f64>,
+    /// Values of y, k and v that are NaN or infinite.
+    non_finite: [(&'static str, usize); 3],
 }
 
 fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>, out: &Path) -> Result<Ran> {
@@ -204,15 +254,22 @@ fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: O
     signals::check()?;
     let result = call.output(&y)?;
     write_output(out, problem, &result.y, &result.k, &result.v, data.cache_rows(problem))?;
-    Ok(Ran { plan, seconds, step_seconds })
+    let non_finite = [("y", &result.y), ("k", &result.k), ("v", &result.v)];
+    let non_finite = non_finite.map(|(name, values)| (name, values.iter().filter(|v| !v.is_finite()).count()));
+    Ok(Ran { plan, seconds, step_seconds, non_finite })
 }
 
 impl Ran {
     fn text(&self, problem: &BlockProblem, out: &Path) -> String {
         let plan = &self.plan;
+        let non_finite = self.non_finite.iter().filter(|(_, n)| *n > 0).map(|(name, n)| match n {
+            1 => format!("\n{name} holds 1 value that is not finite"),
+            _ => format!("\n{name} holds {n} values that are not finite"),
+        });
+        let non_finite: String = non_finite.collect();
         format!(
             "{problem}\nlevel {}, plan {:016x}: {} steps, {} GEMMs, {} launches\n{} for one call; {} of memory predicted beyond \
-             weights, cache, x and y\nwrote {}",
+             weights, cache, x and y{non_finite}\nwrote {}",
             plan.level,
             plan.id(),
             plan.steps().count(),
@@ -235,6 +292,7 @@ impl Ran {
             "steps": steps,
             "ms": self.seconds * 1e3,
             "peak_bytes": self.plan.peak_bytes(),
+            "non_finite": self.non_finite.iter().map(|(_, n)| n).sum::<usize>(),
             "out": out,
         })
     }

@@ -85,6 +85,8 @@ fn every_study_is_measured_and_reported() {
     let out = folder("bench-all");
     let output = bench(&[&["all"], &TINY[..]].concat(), &out);
     let said = String::from_utf8_lossy(&output.stdout);
+    let progress = String::from_utf8_lossy(&output.stderr);
+    assert!(progress.contains("measuring block (1 of 7)…") && progress.contains("measuring throughput (7 of 7)…"), "{progress}");
     assert!(said.trim_end().ends_with(&format!("report: {}", out.join("index.html").display())), "{said}");
     let results = results(&out);
     assert_eq!(results["lawson"], env!("CARGO_PKG_VERSION"));
@@ -189,10 +191,12 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["flux"], &["flux", "softmax", "throughput"]);
     refuse(&["block", "--heads", "6", "--kv-heads", "4"], &["multiple", "6", "4"]);
     for flag in ["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim"] {
-        refuse(&["block", flag, "0"], &[flag, "0"]);
+        refuse(&["block", flag, "0"], &[flag, "0", "1 to 2^24"]);
         refuse(&["block", flag, "18446744073709551615"], &[flag]);
-        refuse(&["block", flag, "-1"], &["-1"]);
+        refuse(&["block", flag, "-1"], &[flag, "-1", "1 to 2^24"]);
     }
+    refuse(&["block", "--heads", "3", "--hidden", "1000"], &["--head-dim is needed"]);
+    refuse(&["block", "--hidden", "1000"], &["--head-dim"]);
     refuse(&["block", "--past", "99999999999"], &["--past"]);
     refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
     for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput"] {

@@ -168,6 +168,48 @@ fn a_problem_becomes_a_block_file() {
 }
 
 #[test]
+fn a_problem_runs_without_being_written() {
+    let dir = folder("direct");
+    for dtype in ["auto", "f32"] {
+        let [kept, direct] = ["kept", "direct"].map(|n| dir.join(n));
+        let problem = PROBLEM.replace("f32", "bf16");
+        let line = line!["run", "--problem", problem, "--seed", "3", "--dtype", dtype, "--out"];
+        stdout(&[&line[..], &line![&direct]].concat());
+        stdout(&[&line[..], &line![&kept, "--write", dir.join("case")]].concat());
+        let (block, tensors) = (dir.join("case/block.json"), dir.join("case/in.safetensors"));
+        assert_eq!(fs::read(&direct).expect("an output"), fs::read(&kept).expect("an output"));
+        stdout(&line!["run", "--block", block, "--tensors", tensors, "--dtype", dtype, "--kv-dtype", "bf16", "--out", &kept]);
+        assert_eq!(fs::read(&direct).expect("an output"), fs::read(&kept).expect("an output"));
+    }
+}
+
+#[test]
+fn an_output_never_replaces_an_input() {
+    let case = Case::new("in-place");
+    let read = || ["block.json", "in.safetensors"].map(|n| fs::read(case.dir.join(n)).expect("an input"));
+    let before = read();
+    let mut outs = vec![
+        case.dir.join("block.json"),
+        case.dir.join("in.safetensors"),
+        case.dir.join("../").join(case.dir.file_name().expect("a name")).join("in.safetensors"),
+    ];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(case.dir.join("in.safetensors"), case.dir.join("soft")).expect("a link can be made");
+        fs::hard_link(case.dir.join("in.safetensors"), case.dir.join("hard")).expect("a link can be made");
+        outs.extend([case.dir.join("soft"), case.dir.join("hard")]);
+    }
+    for out in outs {
+        let mut line = case.line();
+        line[6] = out.into();
+        refused(&line, &["--out", "overwrite"]);
+    }
+    let (write, out) = (case.dir.clone(), case.dir.join("in.safetensors"));
+    refused(&line!["run", "--problem", PROBLEM, "--write", write, "--out", out], &["--out", "overwrite"]);
+    assert_eq!(read(), before);
+}
+
+#[test]
 fn dtypes_are_as_asked() {
     let dir = folder("dtypes");
     let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
@@ -407,7 +449,7 @@ fn wrong_problems_are_named() {
         refused(&line!["run", "--problem", problem, "--write", &dir], parts);
         assert!(!dir.exists(), "{problem}");
     }
-    refused(&line!["run", "--problem", PROBLEM], &["--write"]);
+    refused(&line!["run", "--problem", PROBLEM], &["--out", "--write"]);
 }
 
 #[test]
@@ -420,6 +462,10 @@ fn nan_and_infinity_are_computed_as_they_are() {
     for level in LEVELS {
         stdout(&case.line().into_iter().chain(["--fusion", level].map(OsString::from)).collect::<Vec<_>>());
         let y = floats(&open(case.dir.join("out.safetensors")), "y");
+        let said = stdout(&case.line().into_iter().chain(["--fusion", level].map(OsString::from)).collect::<Vec<_>>());
+        let bad = y.iter().filter(|v| !v.is_finite()).count();
+        assert!(said.contains(&format!("y holds {bad} values that are not finite")), "{said}");
+        assert!(json(&case.line())["non_finite"].as_u64().is_some_and(|n| n > 0));
         assert!(y[..12].iter().any(|v| v.is_nan()), "{level}: {y:?}");
     }
 }

@@ -62,13 +62,13 @@ fn bytes(session: &Session, case: &Case) -> Result<f64> {
 /// Seconds of a call at the machine's limits, about.
 fn seconds(session: &Session, case: &Case) -> f64 {
     let s = &case.shape;
-    let of_bytes = |n: f64| n / session.bandwidth;
+    let of_bytes = |n: f64| n / session.limits.bandwidth;
     match case.study {
         Study::Softmax => of_bytes((s.batch * s.heads * s.seq * (s.past + s.seq)) as f64 * 8.0),
         Study::Rope => of_bytes((s.batch * s.seq * s.heads * s.head_dim) as f64 * 8.0),
         _ => {
             let problem = s.problem();
-            (problem.flops() / session.peak_flops).max(of_bytes(problem.compulsory_bytes()))
+            (problem.flops() / session.limits.peak_flops).max(of_bytes(problem.compulsory_bytes()))
         }
     }
 }

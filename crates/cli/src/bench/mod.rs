@@ -19,6 +19,7 @@ mod verify;
 
 use std::{
     fs,
+    io::IsTerminal,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -29,6 +30,7 @@ use crate::{args::Global, output, report};
 use measure::Budget;
 use peers::PeerKind;
 use record::{Results, Row};
+use rows::Limits;
 use session::Session;
 use specs::{Preset, Shape, Study};
 
@@ -67,30 +69,39 @@ pub struct BenchArgs {
     shape: ShapeArgs,
 }
 
+/// Width of a head where nothing says another.
+const HEAD_DIM: usize = 128;
+
+/// Reads a size of a shape.
+fn size(text: &str) -> Result<usize, String> {
+    let accepted = || format!("accepted: {}", specs::SIZES);
+    text.parse().ok().filter(|&n| specs::is_size(n)).ok_or_else(accepted)
+}
+
 /// One shape instead of a preset's.
 #[derive(clap::Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "One shape instead of a preset's")]
 struct ShapeArgs {
     /// Sequences [default: 1]
-    #[arg(long, value_name = "B", conflicts_with = "preset")]
+    #[arg(long, value_name = "B", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     batch: Option<usize>,
     /// New tokens of each sequence [default: 1024]
-    #[arg(long, value_name = "S", conflicts_with = "preset")]
+    #[arg(long, value_name = "S", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     seq: Option<usize>,
     /// Tokens that are in the cache before the call [default: 0]
     #[arg(long, value_name = "P", conflicts_with = "preset")]
     past: Option<usize>,
     /// Width of x and y [default: heads times head width, or 1024]
-    #[arg(long, value_name = "E", conflicts_with = "preset")]
+    #[arg(long, value_name = "E", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     hidden: Option<usize>,
     /// Query heads [default: hidden size over head width]
-    #[arg(long, value_name = "H", conflicts_with = "preset")]
+    #[arg(long, value_name = "H", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     heads: Option<usize>,
     /// Key/value heads [default: as many as query heads]
-    #[arg(long, value_name = "G", conflicts_with = "preset")]
+    #[arg(long, value_name = "G", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     kv_heads: Option<usize>,
-    /// Width of a head [default: 128]
-    #[arg(long, value_name = "D", conflicts_with = "preset")]
+    /// Width of a head [default: hidden size over heads where both are given, else 128]
+    #[arg(long, value_name = "D", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     head_dim: Option<usize>,
     /// Compute type: f32, bf16 or f16 [default: f32]
     #[arg(long, value_name = "TYPE", conflicts_with = "preset")]
@@ -107,17 +118,19 @@ impl ShapeArgs {
         if sizes.iter().all(Option::is_none) && self.dtype.is_none() && self.causal.is_none() {
             return Ok(None);
         }
-        // What was given is checked before what follows from it.
-        let given = [
-            ("--batch", self.batch),
-            ("--seq", self.seq),
-            ("--hidden", self.hidden),
-            ("--heads", self.heads),
-            ("--kv-heads", self.kv_heads),
-            ("--head-dim", self.head_dim),
-        ];
-        given.iter().filter_map(|&(flag, n)| Some((flag, n?))).try_for_each(|(flag, n)| specs::check_size(flag, n))?;
-        let head_dim = self.head_dim.unwrap_or(128);
+        let head_dim = match (self.head_dim, self.hidden, self.heads) {
+            (Some(d), _, _) => d,
+            (None, Some(e), Some(h)) if e.is_multiple_of(h) => e / h,
+            (None, Some(e), Some(h)) => {
+                return Err(Error::invalid(format!("--head-dim is needed, as --hidden {e} is not a multiple of --heads {h}")));
+            }
+            (None, Some(e), None) if !e.is_multiple_of(HEAD_DIM) => {
+                return Err(Error::invalid(format!(
+                    "--head-dim or --heads is needed, as --hidden {e} is not a multiple of {HEAD_DIM}"
+                )));
+            }
+            _ => HEAD_DIM,
+        };
         let heads = self.heads.unwrap_or_else(|| (self.hidden.unwrap_or(1024) / head_dim.max(1)).max(1));
         let dtype = self.dtype.unwrap_or(DType::F32);
         let shape = Shape {
@@ -162,20 +175,37 @@ pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     if shape.is_some() {
         cases.iter().try_for_each(|case| fit::check(&session, case))?;
     }
-    let session = Session { bar: output::progress(cases.len(), "bench", global), ..limits(session)? };
+    session.bar.set_message("measuring the machine's peak and bandwidth");
+    let mut limits = Limits::measure(&session)?;
+    session.check()?;
+    let session = Session { bar: output::progress(cases.len(), "bench", global), limits, ..session };
+    let plain = !global.quiet && !std::io::stderr().is_terminal();
     let mut results = Results {
         lawson: env!("CARGO_PKG_VERSION").to_owned(),
-        machine: machine::describe(&session.context, session.peak_flops, session.bandwidth),
+        machine: machine::describe(&session.context),
         results: Vec::new(),
     };
     let mut study_rows: Vec<Row> = Vec::new();
+    let studies = 1 + cases.windows(2).filter(|pair| pair[0].study != pair[1].study).count();
+    let (mut begun, mut shown) = (0, limits);
     for (i, case) in cases.iter().enumerate() {
         session.check()?;
+        if i == 0 || cases[i - 1].study != case.study {
+            begun += 1;
+            if plain {
+                eprintln!("measuring {} ({begun} of {studies})…", case.study.name());
+            }
+        }
         let case = if shape.is_some() { case.clone() } else { fit::scaled(&session, case.clone())? };
         session.bar.set_message(case.name());
         study_rows.extend(studies::run(&session, &case)?);
         session.bar.inc(1);
         if cases.get(i + 1).is_none_or(|next| next.study != case.study) {
+            limits = limits.max(Limits::measure(&session)?);
+            limits.fill_shares(&mut study_rows);
+            if begun == 1 {
+                shown = limits;
+            }
             if !global.json {
                 session.bar.suspend(|| output::print(table::text(case.study.name(), &study_rows)))?;
             }
@@ -184,6 +214,15 @@ pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     }
     session.bar.finish_and_clear();
     session.check()?;
+    // Rows of early studies had limits that later ones may have raised.
+    limits.fill_shares(&mut results.results);
+    let (peak, bandwidth) = (limits.peak_flops * 1e-9, limits.bandwidth * 1e-9);
+    (results.machine.peak_gflops, results.machine.bandwidth_gbps) = (Some(peak), Some(bandwidth));
+    if !global.json {
+        let raised = limits.peak_flops > shown.peak_flops || limits.bandwidth > shown.bandwidth;
+        let raised = if raised { "; the report's shares are of these, those above of what was known then" } else { "" };
+        output::print(format!("measured limits: f32 peak {peak:.1} GFLOP/s, bandwidth {bandwidth:.1} GB/s{raised}"))?;
+    }
     finish(args, global, &results)
 }
 
@@ -228,15 +267,17 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
     }
     let budget = if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget() };
     let bar = output::progress(0, "bench", global);
-    Session { context, global, levels, budget, peak_flops: 1.0, bandwidth: 1.0, memory_limit: args.memory, peers, missing, bar }
-}
-
-/// Measures the machine's limits.
-fn limits(session: Session<'_>) -> Result<Session<'_>> {
-    session.bar.set_message("measuring the machine's peak and bandwidth");
-    let (peak_flops, bandwidth) = (session.context.measure_peak(), session.context.measure_bandwidth()?);
-    session.check()?;
-    Ok(Session { peak_flops, bandwidth, ..session })
+    Session {
+        context,
+        global,
+        levels,
+        budget,
+        limits: Limits { peak_flops: 1.0, bandwidth: 1.0 },
+        memory_limit: args.memory,
+        peers,
+        missing,
+        bar,
+    }
 }
 
 /// Makes the folder and checks that files can be written there.

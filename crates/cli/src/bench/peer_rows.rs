@@ -138,7 +138,7 @@ pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measur
     let study = case.study.name();
     let ran = set.forms.iter().zip(measured).map(|(form, m)| {
         let mut row = rows::base(session, case, &form.level);
-        rows::measured(session, &mut row, m, work);
+        rows::measured(&mut row, m, work);
         if let Ok(peer) = &form.peer {
             rows::remark(&mut row, peer.version());
         }

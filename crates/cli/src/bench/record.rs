@@ -110,13 +110,13 @@ pub struct Row {
     pub gemms: Option<usize>,
     /// Kernel launches of the plan.
     pub launches: Option<usize>,
-    /// Largest absolute error against the oracle.
+    /// Largest absolute error against the float64 reference.
     pub max_abs_err: Option<f64>,
-    /// Relative error (L2) against the oracle.
+    /// Relative error (L2) against the float64 reference.
     pub rel_err: Option<f64>,
     /// Unfused median / this median, same run.
     pub speedup: Option<f64>,
-    /// Share of the measured limit (peak or bandwidth) that binds, 0 to 1.
+    /// Share of the measured limit (peak or bandwidth) that binds, 0 to 1; `None` where it is exceeded, as by data in a cache.
     pub limit_share: Option<f64>,
     /// The plan, printed.
     pub plan: Option<String>,

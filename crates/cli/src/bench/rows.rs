@@ -1,6 +1,6 @@
 //! From measurements to rows of `results.json`.
 
-use lawson::BlockPlan;
+use lawson::{BlockPlan, Result};
 
 use super::{
     measure::Measured,
@@ -55,7 +55,7 @@ pub struct Work {
 }
 
 /// Fills in times, rates and errors.
-pub fn measured(session: &Session, row: &mut Row, m: &Measured, work: Work) {
+pub fn measured(row: &mut Row, m: &Measured, work: Work) {
     if let Some(checked) = &m.checked {
         row.max_abs_err = Some(checked.max_abs).filter(|v| v.is_finite());
         row.rel_err = Some(checked.relative).filter(|v| v.is_finite());
@@ -72,16 +72,38 @@ pub fn measured(session: &Session, row: &mut Row, m: &Measured, work: Work) {
     row.runs = Some(m.times.runs());
     row.gflops = work.flops.map(|f| f / median * 1e-9);
     row.gbps = Some(work.bytes / median * 1e-9);
-    row.limit_share = limit_share(session, work, median);
 }
 
-/// Share of the measured limit that binds; none where data that stays in a cache beats memory's bandwidth.
-fn limit_share(session: &Session, work: Work, median: f64) -> Option<f64> {
-    /// Measured limits are this uncertain.
-    const SLACK: f64 = 1.1;
-    let compute = work.flops.map_or(0.0, |f| f / session.peak_flops / median);
-    let memory = work.bytes / session.bandwidth / median;
-    Some(compute.max(memory)).filter(|&s| s <= SLACK).map(|s| s.min(1.0))
+/// The greatest limits of the machine that were measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// f32 FMA operations per second.
+    pub peak_flops: f64,
+    /// Bytes per second.
+    pub bandwidth: f64,
+}
+
+impl Limits {
+    /// Measures them.
+    ///
+    /// # Errors
+    /// `OutOfMemory`.
+    pub fn measure(session: &Session) -> Result<Self> {
+        Ok(Limits { peak_flops: session.context.measure_peak(), bandwidth: session.context.measure_bandwidth()? })
+    }
+
+    /// The greater of each: what else ran on the machine can only lower a measurement.
+    pub fn max(self, other: Self) -> Self {
+        Limits { peak_flops: self.peak_flops.max(other.peak_flops), bandwidth: self.bandwidth.max(other.bandwidth) }
+    }
+
+    /// Fills in each row's share of the limit that binds; none where it is exceeded, as by data that stays in a cache.
+    pub fn fill_shares(self, rows: &mut [Row]) {
+        for row in rows {
+            let compute = row.gflops.map_or(0.0, |v| v * 1e9 / self.peak_flops);
+            row.limit_share = row.gbps.map(|v| compute.max(v * 1e9 / self.bandwidth)).filter(|&s| s <= 1.0);
+        }
+    }
 }
 
 /// Fills in what the plan says.

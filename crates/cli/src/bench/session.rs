@@ -3,7 +3,7 @@
 use indicatif::ProgressBar;
 use lawson::{Context, Error, ErrorKind, Level, Result};
 
-use super::{measure::Budget, peers::PeerKind};
+use super::{measure::Budget, peers::PeerKind, rows::Limits};
 use crate::{args::Global, signals};
 
 /// One run of the benchmark.
@@ -16,10 +16,8 @@ pub struct Session<'a> {
     pub levels: Vec<Level>,
     /// Time of a configuration.
     pub budget: Budget,
-    /// f32 FMA operations per second, measured at the start.
-    pub peak_flops: f64,
-    /// Bytes per second, measured at the start.
-    pub bandwidth: f64,
+    /// The machine's limits as measured at the start, for choosing sizes.
+    pub limits: Limits,
     /// Memory that `throughput` counts sequences for.
     pub memory_limit: u64,
     /// Peers that can run.

@@ -68,15 +68,17 @@ impl Preset {
 /// More sequences or rows than any machine can hold.
 const MOST: usize = 1 << 24;
 
+/// The sizes that [`is_size`] takes, for people.
+pub const SIZES: &str = "1 to 2^24";
+
+/// Whether `n` can be a size of a shape.
+pub fn is_size(n: usize) -> bool {
+    (1..=MOST).contains(&n)
+}
+
 /// Checks the size that `flag` gives.
-///
-/// # Errors
-/// `InvalidInput`, naming the flag.
-pub fn check_size(flag: &str, n: usize) -> Result<()> {
-    if n == 0 || n > MOST {
-        return Err(Error::invalid(format!("{flag} must be between 1 and 2^24, got {n}")));
-    }
-    Ok(())
+fn check_size(flag: &str, n: usize) -> Result<()> {
+    if is_size(n) { Ok(()) } else { Err(Error::invalid(format!("{flag} must be {SIZES}, got {n}"))) }
 }
 
 /// One shape. L, the rows that a new token sees, is `past + seq`.

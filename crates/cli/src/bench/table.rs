@@ -1,6 +1,6 @@
 //! What a study prints.
 
-use super::record::Row;
+use super::{HEAD_DIM, record::Row};
 use crate::output;
 
 /// One line of the table as text; an empty column is left out.
@@ -15,6 +15,7 @@ fn shape(row: &Row) -> String {
         (Some(h), None) => parts.push(format!("H {h}")),
         _ => {}
     }
+    parts.extend(row.head_dim.filter(|&d| d != HEAD_DIM).map(|d| format!("D {d}")));
     parts.push(row.dtype.clone());
     parts.extend(row.kv_dtype.iter().filter(|kv| **kv != row.dtype).map(|kv| format!("{kv} cache")));
     parts.join(" ")

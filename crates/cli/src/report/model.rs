@@ -8,6 +8,19 @@ use super::svg::Marker;
 /// From this speed-up on fusing is said to pay: less would be noise on a shared machine.
 pub const PAYS: f64 = 1.05;
 
+/// Whether `row` is faster than `base` by [`PAYS`] and by more than noise: its slow calls beat the quick ones of `base`, or the medians
+/// lie further apart than either's calls.
+pub fn pays(base: &Row, row: &Row) -> bool {
+    let (Some(slow), Some(fast)) = (ms(base), ms(row)) else { return false };
+    if slow / fast < PAYS {
+        return false;
+    }
+    let ((Some(a10), Some(a90)), (Some(b10), Some(b90))) = ((base.p10_ms, base.p90_ms), (row.p10_ms, row.p90_ms)) else {
+        return true;
+    };
+    b90 < a10 || slow - fast > (a90 - a10).max(b90 - b10)
+}
+
 /// What varies along a sweep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Along {

@@ -157,21 +157,32 @@ pub fn remarks(rows: &[&Row]) -> Option<Block> {
     (!found.is_empty()).then(|| Block::Text { text: format!("{}.", found.join("; ")) })
 }
 
+/// The share of the limit that binds, or why there is none.
+fn limit_share(row: &Row, m: &Machine) -> Option<String> {
+    let above = |v: Option<f64>, limit: Option<f64>| v.zip(limit).is_some_and(|(v, limit)| v > limit);
+    match row.limit_share {
+        Some(share) => Some(format::percent(share)),
+        None if above(row.gbps, m.bandwidth_gbps) => Some("data was in cache".to_owned()),
+        None if above(row.gflops, m.peak_gflops) => Some("above the f32 peak".to_owned()),
+        None => None,
+    }
+}
+
 /// A table of the rows of each configuration, with the columns that some row fills.
 pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
-    type Column = (&'static str, fn(&Row) -> Option<String>);
-    let columns: [Column; 9] = [
-        ("#median", |r| ms(r).map(format::time)),
-        ("#p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| format::times(a, b))),
-        ("#peak memory", |r| r.peak_bytes.map(|b| format::bytes(real(b)))),
-        ("#traffic", |r| r.traffic_bytes.map(|b| format::bytes(real(b)))),
-        ("#GFLOP/s", |r| r.gflops.map(format::sig3)),
-        ("#GB/s", |r| r.gbps.map(format::sig3)),
-        ("#of the limit", |r| r.limit_share.map(format::percent)),
-        ("#steps / GEMMs / launches", counts),
-        ("#max error", |r| r.max_abs_err.map(format::error)),
+    type Column<'a> = (&'static str, &'a dyn Fn(&Row) -> Option<String>);
+    let columns: [Column<'_>; 9] = [
+        ("#median", &|r| ms(r).map(format::time)),
+        ("#p10 – p90", &|r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| format::times(a, b))),
+        ("#peak memory", &|r| r.peak_bytes.map(|b| format::bytes(real(b)))),
+        ("#traffic", &|r| r.traffic_bytes.map(|b| format::bytes(real(b)))),
+        ("#GFLOP/s", &|r| r.gflops.map(format::sig3)),
+        ("#GB/s", &|r| r.gbps.map(format::sig3)),
+        ("#of the limit", &|r| limit_share(r, &run.results.machine)),
+        ("#steps / GEMMs / launches", &counts),
+        ("#max abs. error", &|r| r.max_abs_err.map(format::error)),
     ];
-    let filled: Vec<&Column> =
+    let filled: Vec<&Column<'_>> =
         columns.iter().filter(|(_, get)| configs.iter().flat_map(|c| &c.rows).any(|r| get(r).is_some())).collect();
     let speedups = configs.iter().any(|c| c.rows.iter().any(|r| c.speedup(r).is_some()));
     let own = |c: &Config<'_>, r: &Row| r.note.clone().filter(|_| shared_note(c).is_none());
@@ -188,7 +199,7 @@ pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
             None => table.group(&config.name),
         }
         for row in &config.rows {
-            let cell = |get: fn(&Row) -> Option<String>| get(row).unwrap_or_else(|| format::NONE.to_owned());
+            let cell = |get: &dyn Fn(&Row) -> Option<String>| get(row).unwrap_or_else(|| format::NONE.to_owned());
             let mut cells = vec![name(row)];
             cells.extend(filled.iter().take(1).map(|(_, get)| cell(*get)));
             cells.extend(speedups.then(|| or_dash(config.speedup(row), format::factor)));
@@ -224,6 +235,11 @@ pub fn block(run: &Run<'_>) -> Section {
             text: "Every level computes the same block; peak memory is that of one call above what was resident before it."
                 .to_owned(),
         });
+        let launches = |c: &Config<'_>, level: &str| c.rows.iter().find(|r| r.level == level).and_then(|r| r.launches);
+        if configs.iter().any(|c| launches(c, "moderate").zip(launches(c, "maximal")).is_some_and(|(a, b)| b > a)) {
+            let text = "maximal works through blocks of 256 tokens, so it has more launches than moderate, and less memory.";
+            blocks.push(Block::Text { text: text.to_owned() });
+        }
         if !figures.is_empty() {
             blocks.push(Block::Figures { items: figures });
         }
@@ -307,7 +323,7 @@ pub fn payoffs(sweep: &Sweep<'_>) -> Option<Table> {
     let mut table = Table::new("", &["level", "pays", "#at the longest"]);
     for track in sweep.series.iter().filter(|t| t.level != "unfused") {
         let speedups = sweep.speedups(track);
-        let Some((longest, speedup)) = speedups.last() else { continue };
+        let Some((longest, speedup, _)) = speedups.last() else { continue };
         let pays = match sweep.payoff(track) {
             Payoff::From { always: true, .. } => "at every length measured".to_owned(),
             Payoff::From { length, .. } => format!("from {letter} = {length}"),
@@ -347,7 +363,8 @@ pub fn length(run: &Run<'_>) -> Section {
         let text = "Not in this run: it takes one block configuration at three or more lengths.".to_owned();
         vec![Block::Note { text }]
     } else {
-        let text = "A level pays from the length on at which it stays at least 1.05× as fast as unfused; less would be noise.";
+        let text = "A level pays from the length on at which it stays at least 1.05× as fast as unfused, by more than noise: its p90 is \
+            below unfused's p10, or the medians differ by more than both spreads.";
         let mut blocks = vec![Block::Text { text: text.to_owned() }];
         blocks.extend(sweep_blocks(&found));
         blocks
@@ -369,8 +386,14 @@ pub fn roofline(run: &Run<'_>) -> Section {
         }
         let number = spots.len() + 1;
         let roof = [peak, bandwidth.map(|b| b * intensity)].into_iter().flatten().reduce(f64::min);
-        let share = or_dash(roof.map(|r| rate / r), format::percent);
-        let about = format!("{what}: {}, {} FLOP/byte, {share} of the roof", format::gflops(rate), format::sig3(intensity));
+        let memory_binds = bandwidth.is_some_and(|b| roof == Some(b * intensity));
+        let share = match roof.map(|r| rate / r) {
+            Some(share) if share > 1.0 && memory_binds => "data was in cache".to_owned(),
+            Some(share) if share > 1.0 => "above the f32 peak".to_owned(),
+            share => or_dash(share, format::percent),
+        };
+        let of = if share.ends_with('%') { " of the roof" } else { "" };
+        let about = format!("{what}: {}, {} FLOP/byte, {share}{of}", format::gflops(rate), format::sig3(intensity));
         table.row(class, vec![number.to_string(), what, format::sig3(intensity), format::sig3(rate), share]);
         spots.push(Spot { number, about, class: class.to_owned(), at: (intensity, rate) });
     };
@@ -450,13 +473,19 @@ pub fn steps(run: &Run<'_>) -> Section {
     let mut blocks = Vec::new();
     if let Some(first) = rows.first() {
         let shape = configs(&rows[..1])[0].name.clone();
-        blocks.push(Block::Text { text: format!("The plan of the {} study's largest configuration: {shape}.", first.study) });
+        blocks.push(Block::Text {
+            text: format!(
+                "The plan of the {} study's largest configuration: {shape}. Steps are timed one by one in calls of their \
+            own; shares are of the sum of the steps shown, not of the call's median beside the level.",
+                first.study
+            ),
+        });
         let measured = rows.iter().flat_map(|r| &r.steps_table).any(|s| s.median_ms.is_some());
         let head = [
             "step",
             "kernel",
             if measured { "#time" } else { "#predicted" },
-            "#of the call",
+            "#of all steps",
             "#bytes",
             "#GFLOP",
             "#GFLOP/s",
@@ -551,7 +580,7 @@ pub fn errors(run: &Run<'_>) -> Section {
             relative is in the L2 norm.";
         vec![Block::Text { text: text.to_owned() }, Block::Table { table }]
     };
-    Section { id: "errors", title: "Errors against the oracle", sub: false, blocks }
+    Section { id: "errors", title: "Errors against the float64 reference", sub: false, blocks }
 }
 
 /// How the figures came about.
@@ -575,7 +604,8 @@ pub fn method(run: &Run<'_>) -> Section {
         "FLOP counts the projections and 4·D per visible (query, key, head), the same at every level and for every \
             peer. GB/s counts weights, x, y and the valid cache, each once. Traffic, steps, GEMMs and launches are \
             counted from the plan. The share of the limit is against the peak or bandwidth measured in this run, \
-            whichever binds."
+            whichever binds; both were measured at the start and after every study, and the greatest count. Data that \
+            stayed in a cache can beat memory's bandwidth; then there is no share."
             .to_owned(),
         "Larger shapes are verified on a seeded sample of k and v and on whole rows of y; smaller ones completely.".to_owned(),
     ];

@@ -72,7 +72,7 @@ fn qkv(run: &Run<'_>) -> Section {
 fn softmax(run: &Run<'_>) -> Section {
     let head = ("study-softmax", "Softmax: three-pass, fused, online", "the three softmaxes");
     let text = "Maximum, sum and division as three passes; in one kernel; or online, tile by tile, with a running \
-        maximum and sum per row. The error column is the numeric difference from the oracle.";
+        maximum and sum per row. The error column is the absolute difference from the float64 reference.";
     study(run, "softmax", head, text, |rows| bars_and_table(run, rows))
 }
 

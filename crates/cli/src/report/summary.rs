@@ -3,9 +3,9 @@
 use crate::bench::record::{Results, Row};
 
 use super::format;
-use super::model::{Along, Config, PAYS, Sweep, Track, configs, is_peer, ms, name, stored_alike, sweeps};
+use super::model::{Along, Config, PAYS, Sweep, Track, configs, is_peer, ms, name, pays, stored_alike, sweeps};
 
-/// Where along a sweep a level is faster than the baseline by at least [`PAYS`].
+/// Where along a sweep a level is faster than the baseline, as [`pays`] says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Payoff {
     /// From this length to the end; `always` when that is the shortest one measured.
@@ -21,12 +21,15 @@ pub enum Payoff {
     Never,
 }
 
-/// Reads the payoff off (length, speed-up) pairs by growing length.
-fn payoff(points: &[(usize, f64)]) -> Payoff {
-    let pays: Vec<usize> = points.iter().filter(|(_, s)| *s >= PAYS).map(|(l, _)| *l).collect();
-    let tail = points.iter().rev().take_while(|(_, s)| *s >= PAYS).last();
+/// A length, the speed-up there, and whether it pays.
+pub type Point = (usize, f64, bool);
+
+/// Reads the payoff off points by growing length.
+fn payoff(points: &[Point]) -> Payoff {
+    let pays: Vec<usize> = points.iter().filter(|p| p.2).map(|p| p.0).collect();
+    let tail = points.iter().rev().take_while(|p| p.2).last();
     match tail {
-        Some((length, _)) => Payoff::From { length: *length, always: points.first().is_some_and(|p| p.0 == *length) },
+        Some((length, ..)) => Payoff::From { length: *length, always: points.first().is_some_and(|p| p.0 == *length) },
         None if pays.is_empty() => Payoff::Never,
         None => Payoff::Only(pays),
     }
@@ -44,11 +47,12 @@ impl Sweep<'_> {
         unfused.find(|r| self.along.of(r) == self.along.of(row) && ms(r).is_some() && stored_alike(r, row))
     }
 
-    /// (length, speed-up over unfused) of one series.
-    pub fn speedups(&self, track: &Track<'_>) -> Vec<(usize, f64)> {
+    /// The points of one series over unfused.
+    pub fn speedups(&self, track: &Track<'_>) -> Vec<Point> {
         let one = |row: &&Row| {
             let length = self.along.of(row)?;
-            Some((length, ms(self.base_of(row)?)? / ms(row)?))
+            let base = self.base_of(row)?;
+            Some((length, ms(base)? / ms(row)?, pays(base, row)))
         };
         track.rows.iter().filter_map(one).collect()
     }
@@ -112,8 +116,9 @@ pub fn summary(results: &Results) -> Summary {
 
 fn of_sweep(sweep: &Sweep<'_>, what: &str) -> Option<String> {
     let best = sweep.best();
-    let points: Vec<(usize, f64)> = best.iter().filter_map(|(l, base, fused)| Some((*l, ms(base)? / ms(fused)?))).collect();
-    let ((first, _), (longest, speedup)) = (points.first()?, points.last()?);
+    let point = |(l, base, fused): &(usize, &Row, &Row)| Some((*l, ms(base)? / ms(fused)?, pays(base, fused)));
+    let points: Vec<Point> = best.iter().filter_map(point).collect();
+    let ((first, ..), (longest, speedup, _)) = (points.first()?, points.last()?);
     let (_, base, fused) = best.last()?;
     let memory = memory_change(base, fused).map_or(String::new(), |m| format!(", {m}"));
     let with_memory = memory.replacen(", ", ", with ", 1);
@@ -138,29 +143,37 @@ fn of_sweep(sweep: &Sweep<'_>, what: &str) -> Option<String> {
         Payoff::Never => {
             let (name, speed) = (name(fused), format::factor(*speedup));
             format!(
-                "On this machine {what} does not save time: the best level ({name}) runs at {speed} the speed{with_memory} {at}."
+                "On this machine {what} {}: the best level ({name}) runs at {speed} the speed{with_memory} {at}.",
+                saves_not(*speedup)
             )
         }
     })
 }
 
+/// How to say that a level does not pay.
+fn saves_not(speedup: f64) -> &'static str {
+    if speedup < PAYS { "does not save time" } else { "saves no time that stands out from the noise" }
+}
+
 fn of_configs(configs: &[Config<'_>], what: &str) -> Option<Summary> {
-    let best = |config: &Config<'_>| -> Option<(f64, String, String)> {
+    let best = |config: &Config<'_>| -> Option<(f64, bool, String, String)> {
         let base = config.baseline()?;
         let fused = config.rows.iter().copied().filter(|r| !is_peer(r) && r.level != "unfused" && ms(r).is_some());
         let row = fused.min_by(|a, b| ms(a).unwrap_or(f64::MAX).total_cmp(&ms(b).unwrap_or(f64::MAX)))?;
         let memory = memory_change(base, row).map_or(String::new(), |m| format!(" and takes {m}"));
-        Some((ms(base)? / ms(row)?, memory, config.name.clone()))
+        Some((ms(base)? / ms(row)?, pays(base, row), memory, config.name.clone()))
     };
-    let found: Vec<(f64, String, String)> = configs.iter().filter_map(best).collect();
-    let (speedup, memory, about) = found.iter().max_by(|a, b| a.0.total_cmp(&b.0))?.clone();
-    let paying = found.iter().filter(|f| f.0 >= PAYS).count();
+    let found: Vec<(f64, bool, String, String)> = configs.iter().filter_map(best).collect();
+    // A gain that stands out from the noise goes before a greater one that does not.
+    let (speedup, _, memory, about) = found.iter().max_by(|a, b| a.1.cmp(&b.1).then(a.0.total_cmp(&b.0)))?.clone();
+    let paying = found.iter().filter(|f| f.1).count();
     let sentence = match (paying, found.len()) {
         (0, 1) => {
-            format!("On this machine {what} does not save time here: it runs at {} the speed{memory}.", format::factor(speedup))
+            let (not, speed) = (saves_not(speedup), format::factor(speedup));
+            format!("On this machine {what} {not} here: it runs at {speed} the speed{memory}.")
         }
         (0, n) => format!(
-            "On this machine {what} saves time in none of {n} configurations: at best {} the speed{memory}.",
+            "On this machine {what} clearly saves time in none of {n} configurations: at best {} the speed{memory}.",
             format::factor(speedup)
         ),
         (_, 1) => format!("On this machine {what} makes it {} faster{memory}.", format::factor_short(speedup)),

@@ -222,7 +222,7 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
     let mut rows = Vec::new();
     for (&(level, way), m) in chosen.iter().zip(&found) {
         let mut row = rows::base(session, case, level.name());
-        rows::measured(session, &mut row, m, work);
+        rows::measured(&mut row, m, work);
         row.resident_bytes = Some(forms.tiled.resident_bytes());
         match (way, &forms.materialised) {
             (Way::Materialised, Some(block)) => {
@@ -237,7 +237,7 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
                 row.plan = Some(plan.to_string());
                 rows::remark(
                     &mut row,
-                    "Materialised: the attention steps of an unfused block, the buffers they use, the errors of its y",
+                    "The materialised form is the attention steps of an unfused block: their time, the buffers they use, the errors of its y",
                 );
             }
             _ => {

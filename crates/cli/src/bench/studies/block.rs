@@ -165,7 +165,7 @@ fn level_rows(
         session.check()?;
         let plan = forms.plan(i)?;
         let mut row = rows::base(session, case, level.name());
-        rows::measured(session, &mut row, m, work);
+        rows::measured(&mut row, m, work);
         rows::planned(&mut row, &plan);
         row.resident_bytes = Some(forms.resident_bytes() as u64);
         row.same_as = plans.iter().find(|p| p.same_as(&plan)).map(|p| p.level.name().to_owned());

@@ -136,7 +136,7 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (i, (&(level, fused), m)) in chosen.iter().zip(&found).enumerate() {
         let mut row = rows::base(session, case, level.name());
-        rows::measured(session, &mut row, m, work);
+        rows::measured(&mut row, m, work);
         let products = if fused { 1 } else { 3 };
         (row.steps, row.gemms, row.launches) = (Some(products), Some(products), Some(products));
         row.traffic_bytes = Some((products * x_bytes + w_bytes + out_bytes) as u64);

@@ -101,7 +101,7 @@ fn of_layout(session: &Session, case: &Case, layout: RopeLayout, name: &str) -> 
         let mut row = rows::base(session, case, level.name());
         let form = if method == RopeMethod::TwoPass { "two-pass" } else { "fused" };
         (row.dtype, row.variant) = (DType::F32.to_string(), Some(format!("{form} {name}")));
-        rows::measured(session, &mut row, m, Work { flops: None, bytes });
+        rows::measured(&mut row, m, Work { flops: None, bytes });
         row.resident_bytes = Some((bytes / 2.0) as u64);
         let cold = session.cold()?;
         forms.poison(i, true)?;

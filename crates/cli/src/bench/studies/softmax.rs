@@ -91,7 +91,7 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
     for (i, ((level, (name, _)), m)) in chosen.into_iter().zip(&found).enumerate() {
         let mut row = rows::base(session, case, level.name());
         (row.dtype, row.variant) = (DType::F32.to_string(), Some(name.to_owned()));
-        rows::measured(session, &mut row, m, Work { flops: None, bytes });
+        rows::measured(&mut row, m, Work { flops: None, bytes });
         row.resident_bytes = Some(bytes as u64);
         let cold = session.cold()?;
         forms.call_on(i, &cold)?;

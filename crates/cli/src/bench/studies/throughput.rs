@@ -11,7 +11,7 @@ use crate::bench::{
 };
 
 /// What `sequences_fit` counts.
-const FIT: &str = "Sequences that fit: caches beside one layer's weights and the prefill of the batch's prompts together";
+const FIT: &str = "The sequences that fit are those whose caches have room beside one layer's weights and the prefill of the batch's prompts together";
 
 /// Bytes of one sequence's cache.
 fn cache_bytes(session: &Session, s: &Shape) -> Result<usize> {
