@@ -94,7 +94,7 @@ impl Cpu {
 }
 
 /// A mask as kernels read it.
-pub fn mask_rows(m: &Mask, heads: usize) -> MaskRows {
+fn mask_rows(m: &Mask, heads: usize) -> MaskRows {
     let one = m.rows * m.columns;
     let per_sequence = if m.shape.per_head { heads * one } else { one };
     MaskRows {

@@ -14,5 +14,5 @@ pub mod pack;
 pub mod simd;
 pub mod threads;
 
-pub use backend::{Cpu, mask_rows};
+pub use backend::Cpu;
 pub use isa::Isa;

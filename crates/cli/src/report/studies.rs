@@ -65,7 +65,7 @@ fn bars_and_table(run: &Run<'_>, rows: &[&Row]) -> Vec<Block> {
 
 fn qkv(run: &Run<'_>) -> Section {
     let head = ("study-qkv", "Projection: separate or fused", "separate against fused projection");
-    let text = "Three products that each read x, or one product with concatenated weights; alone and inside a whole layer.";
+    let text = "Three products that each read x, or one that packs x once for all three; alone and inside a whole layer.";
     study(run, "qkv", head, text, |rows| bars_and_table(run, rows))
 }
 

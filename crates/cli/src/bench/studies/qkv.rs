@@ -1,4 +1,4 @@
-//! The QKV projection alone: three products that each read x, or one over concatenated weights.
+//! The QKV projection alone: three products that each read x, or one that packs x once for all three.
 
 use std::borrow::Cow;
 
