@@ -24,6 +24,8 @@ pub trait Scratch {
 const ROW_BLOCK: usize = 256;
 /// Rows and columns that a GEMM's work item has at most, some padding aside.
 const GEMM_TILE: usize = 256;
+/// Queries of an attention's work item, the heads of a group together: they share the packing of K and V.
+const QUERY_LANES: usize = 288;
 /// Rows of the smallest part that a split attention is worth.
 const LEAST_SPLIT: usize = 256;
 /// Work items that keep any sensible number of threads busy; a constant, so that results do not depend on the threads.
@@ -184,17 +186,17 @@ impl Draft<'_> {
     }
 
     fn kernel(&self, op: KernelOp) -> String {
-        self.planner.kernels.iter().find(|k| k.op == op).map_or_else(|| op.name().to_string(), ToString::to_string)
+        find(self.planner.kernels, op, self.problem.dtype).map_or_else(|| op.name().to_string(), ToString::to_string)
     }
 
     /// The kernel of `op`'s register tile, rows by columns.
     fn tile(&self, op: KernelOp) -> (usize, usize) {
-        self.planner.kernels.iter().find(|k| k.op == op).map_or((1, 1), |k| (k.tile_rows, k.tile_columns))
+        find(self.planner.kernels, op, self.problem.dtype).map_or((1, 1), |k| (k.tile_rows, k.tile_columns))
     }
 
     fn elements(&self, name: BufferName) -> (usize, DType) {
         let (a, p) = (&self.problem.spec.attention, self.problem);
-        let strip = self.tile(KernelOp::AttentionPrefill).1;
+        let strip = self.tile(KernelOp::Gemm).1;
         // Saturating: `plan` refuses what does not fit.
         let lanes = |n: usize| (n.div_ceil(strip) * strip).saturating_mul(a.heads);
         let (new, past) = (p.batch.new_tokens(), p.batch.past());
@@ -202,7 +204,8 @@ impl Draft<'_> {
         let rows = self.rows();
         match name {
             BufferName::H => (rows * p.spec.hidden_size, p.dtype),
-            BufferName::Packed => (rows * p.spec.hidden_size.max(a.q_dim()), DType::F32),
+            // Dot products take x in whole blocks of 32 columns.
+            BufferName::Packed => (rows * p.spec.hidden_size.max(a.q_dim()).next_multiple_of(32), DType::F32),
             BufferName::Q => (rows * a.q_dim(), self.unturned()),
             BufferName::K => (rows * a.kv_dim(), self.unturned()),
             BufferName::V => (rows * a.kv_dim(), p.dtype),
@@ -471,7 +474,7 @@ impl Draft<'_> {
                 "one query a sequence: heads of a group share each key; enough sequences and heads for all threads".to_string()
             }
             (0, Some(s)) => format!("one query a sequence: keys split into parts of {s} rows so that all threads work"),
-            (n, None) => format!("{n} queries take turns at each tile of 64 keys; scores stay in cache"),
+            (n, None) => format!("{n} queries take turns at each tile of keys; scores stay in cache"),
             (n, Some(s)) => format!("{n} queries a tile; few queries, so keys are split into parts of {s} rows"),
         };
         if tiled.split.is_some() {
@@ -533,13 +536,21 @@ impl Draft<'_> {
     }
 }
 
+/// The kernel of `op` that reads `dtype`.
+fn find(kernels: &[KernelInfo], op: KernelOp, dtype: DType) -> Option<&KernelInfo> {
+    kernels.iter().find(|k| k.op == op && k.dtypes.contains(&dtype))
+}
+
 /// Queries of an attention work item, and the parts that keys are split into when there are too few items otherwise. A function of the
 /// problem and the kernels alone, never of the threads, so that results do not depend on them.
 pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo]) -> TiledAttention {
     let (a, batch) = (&problem.spec, &problem.batch);
-    let strip = kernels.iter().find(|k| k.op == KernelOp::AttentionPrefill).map_or(1, |k| k.tile_columns);
-    // Four strips take turns at each tile of K and V; heads of a group share them.
-    let query_tile = if batch.max_new() == 1 { 0 } else { (4 * strip).div_ceil(a.group()).clamp(1, batch.max_new()) };
+    // Where q and the cache differ, the kernel that widens both runs.
+    let dtype = if problem.dtype == problem.kv_dtype { problem.dtype } else { DType::F32 };
+    let strip = find(kernels, KernelOp::AttentionPrefill, dtype).map_or(1, |k| k.tile_columns);
+    // Some strips take turns at each tile of K and V; heads of a group share them.
+    let lanes = QUERY_LANES.next_multiple_of(strip);
+    let query_tile = if batch.max_new() == 1 { 0 } else { lanes.div_ceil(a.group()).clamp(1, batch.max_new()) };
     let items: usize = batch.new_tokens().iter().map(|n| n.div_ceil(query_tile.max(1)) * a.kv_heads).sum();
     let longest = batch.max_len();
     // Parts cost memory and a merge; many queries give work enough sooner than one does.

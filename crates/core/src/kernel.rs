@@ -49,6 +49,8 @@ pub struct KernelInfo {
     pub op: KernelOp,
     /// Instruction set or architecture, as users write it.
     pub isa: &'static str,
+    /// Dtypes of what it reads.
+    pub dtypes: &'static [DType],
     /// Rows of the register tile.
     pub tile_rows: usize,
     /// Columns of the register tile (lanes of all its vectors).
@@ -57,7 +59,10 @@ pub struct KernelInfo {
 
 impl fmt::Display for KernelInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.op.name(), self.isa)
+        match self.dtypes {
+            [one] => write!(f, "{}-{one}-{}", self.op.name(), self.isa),
+            _ => write!(f, "{}-{}", self.op.name(), self.isa),
+        }
     }
 }
 
@@ -155,6 +160,18 @@ pub enum KernelCase {
         /// Rows of each part of the keys, a multiple of 64, or all in one part.
         split: Option<usize>,
     },
+}
+
+impl KernelCase {
+    /// Dtype of the weights or the cache, F32 where there is neither.
+    pub fn dtype(&self) -> DType {
+        match self {
+            KernelCase::Gemm { weight_dtype, .. } => *weight_dtype,
+            // Where they differ, the wider one decides.
+            KernelCase::Attention { problem, .. } if problem.dtype == problem.kv_dtype => problem.dtype,
+            _ => DType::F32,
+        }
+    }
 }
 
 /// A device family that runs kernels.

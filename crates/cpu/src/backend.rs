@@ -13,8 +13,8 @@ use crate::{
     dispatch::Kernels,
     executor::{Workspace, attend, merge},
     kernels::{
+        attention::{Attention, MaskRows},
         attention_decode, attention_prefill,
-        attention_prefill::{Attention, MaskRows},
         gemm::{self, Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
         rope,
         rows::{CacheRows, Place, Rows},
@@ -54,11 +54,11 @@ impl Cpu {
     }
 
     /// Bytes of scratch of an attention item; `query_tile` 0 is the decode kernel.
-    pub fn attention_scratch(&self, spec: &AttentionSpec, kv_dtype: DType, query_tile: usize) -> usize {
+    pub fn attention_scratch(&self, spec: &AttentionSpec, dtype: DType, kv_dtype: DType, query_tile: usize) -> usize {
         4 * if query_tile == 0 {
             attention_decode::scratch_len(spec, self.kernels.lanes)
         } else {
-            attention_prefill::scratch_len(spec, kv_dtype, query_tile, self.kernels.lanes)
+            attention_prefill::scratch_len(spec, dtype, kv_dtype, query_tile, &self.kernels)
         }
     }
 
@@ -78,7 +78,7 @@ impl Cpu {
     pub unsafe fn attention(&self, a: &Attention<'_>, workspace: &mut Workspace) -> Result<()> {
         let spec = a.spec;
         let parts = a.split.map_or(0, |_| a.rows * spec.heads * a.most_parts * (spec.head_dim + 2) * 4);
-        let scratch = self.attention_scratch(spec, a.cache.dtype, a.query_tile);
+        let scratch = self.attention_scratch(spec, a.out.dtype, a.cache.dtype, a.query_tile);
         let scratch = workspace.reserve(parts, scratch, self.threads.count())?;
         let parts = if a.split.is_some() { workspace.buffers().cast() } else { std::ptr::null_mut() };
         let a = Attention { parts, ..*a };
@@ -238,18 +238,19 @@ impl Cpu {
         }
         let tensor = lawson_core::TensorRef::new(w, &[n, k])?;
         let columns = tile_columns(1, n, self.kernels.panel());
-        let packed_w = PackedMatrix::new(&tensor, dtype, columns, self.kernels.panel(), &self.threads)?;
-        let (mut packed, mut out) = (vec![0f32; m * k], vec![f32::NAN; m * n]);
-        let row_tile = 2 * self.kernels.mr;
+        let packed_w = PackedMatrix::new(&tensor, dtype, columns, &self.kernels, &self.threads)?;
+        let (depth, pairs) = (packed_w.weights().depth(), packed_w.weights().pairs);
+        let (mut packed, mut out) = (vec![0f32; m * depth], vec![f32::NAN; m * n]);
+        let row_tile = 2 * self.kernels.group_rows(pairs);
         let mut scratch = vec![0f32; gemm::scratch_len(row_tile, columns, self.kernels.panel())];
-        let pack = PackX { x: rows(x, k), first: 0, rows: m, k, norm: None, packed: packed.as_mut_ptr() };
+        let pack = PackX { x: rows(x, k), first: 0, rows: m, k, norm: None, pairs, packed: packed.as_mut_ptr() };
         let to = Rows { start: out.as_mut_ptr().cast(), dtype: DType::F32, stride: n };
         let epilogue = Epilogue::Store { to, residual: None };
         let segments = [Segment { weights: packed_w.weights(), bias: bias.map(<[f32]>::as_ptr), epilogue }];
         let gemm = Gemm { packed: packed.as_ptr(), first: 0, rows: m, row_tile, segments: &segments };
         // SAFETY: x, the packed x, the weights and out have the shapes given; items run one after another.
         unsafe {
-            (0..m.div_ceil(self.kernels.mr)).for_each(|g| (self.kernels.pack_x)(&pack, g));
+            (0..m.div_ceil(self.kernels.group_rows(pairs))).for_each(|g| (self.kernels.pack_x)(&pack, g));
             (0..gemm.items()).for_each(|i| (self.kernels.gemm)(&gemm, i, scratch.as_mut_ptr()));
         }
         Ok(out)

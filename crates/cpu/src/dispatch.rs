@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use lawson_core::{
+    DType,
     kernel::{KernelInfo, KernelOp},
     problem::RopeLayout,
 };
@@ -10,15 +11,15 @@ use lawson_core::{
 use crate::{
     isa::Isa,
     kernels::{
+        attention::{self, Attention},
         attention_decode, attention_prefill,
-        attention_prefill::Attention,
         gemm::{self, Gemm, Heads, PackX},
         norm, rope,
         rows::{self, Place, Rows},
         scores::{self, Strips},
         softmax, tile,
     },
-    simd::{Simd, portable::Portable},
+    simd::{DOT_COLUMNS, Simd, portable::Portable},
 };
 
 macro_rules! kernels {
@@ -33,6 +34,10 @@ macro_rules! kernels {
             pub lanes: usize,
             /// Rows of the register tile.
             pub mr: usize,
+            /// Rows of the register tile of tiled attention.
+            pub query_rows: usize,
+            /// Rows of the tile of bf16 dot products; 0 where there are none.
+            pub dot_rows: usize,
             $($(#[$doc])* pub $name: unsafe fn($($t),*) $(-> $ret)?,)*
             _private: PhantomData<()>,
         }
@@ -60,11 +65,11 @@ macro_rules! kernels {
         #[cfg(target_arch = "x86_64")]
         mod avx512 {
             use super::*;
-            use crate::simd::avx512::Avx512;
+            use crate::simd::avx512::{Avx512, Widened};
             $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
                 // SAFETY: the caller's; the features enabled here are those the token proves.
-                unsafe { $body(Avx512::new_unchecked(), $($arg),*) }
+                unsafe { $body(Avx512::<Widened>::new_unchecked(), $($arg),*) }
             })*
         }
 
@@ -76,24 +81,28 @@ macro_rules! kernels {
                 }
                 Some(match isa {
                     Isa::Portable => Kernels {
-                        isa, lanes: Portable::LANES, mr: Portable::MR, $($name: portable::$name,)* _private: PhantomData,
+                        isa, lanes: Portable::LANES, mr: Portable::MR, query_rows: Portable::QUERY_ROWS, dot_rows: 0, $($name: portable::$name,)* _private: PhantomData,
                     },
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => Kernels {
                         isa,
                         lanes: crate::simd::avx2::Avx2::LANES,
                         mr: crate::simd::avx2::Avx2::MR,
+                        query_rows: crate::simd::avx2::Avx2::QUERY_ROWS,
+                        dot_rows: 0,
                         $($name: avx2::$name,)*
                         _private: PhantomData,
                     },
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 => Kernels {
+                    Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => with_dots(Kernels {
                         isa,
-                        lanes: crate::simd::avx512::Avx512::LANES,
-                        mr: crate::simd::avx512::Avx512::MR,
+                        lanes: <crate::simd::avx512::Avx512>::LANES,
+                        mr: <crate::simd::avx512::Avx512>::MR,
+                        query_rows: <crate::simd::avx512::Avx512>::QUERY_ROWS,
+                        dot_rows: 0,
                         $($name: avx512::$name,)*
                         _private: PhantomData,
-                    },
+                    }),
                     #[cfg(not(target_arch = "x86_64"))]
                     _ => return None,
                 })
@@ -118,7 +127,7 @@ kernels! {
     /// One work item of decode attention.
     attention_decode(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_decode::attention_decode;
     /// Merges the parts of one row.
-    merge_parts(a: &Attention<'_>, row: usize, sequence: usize, scratch: *mut f32) = attention_prefill::merge_parts;
+    merge_parts(a: &Attention<'_>, row: usize, sequence: usize, scratch: *mut f32) = attention::merge_parts;
     /// qᵀ of one strip.
     transpose_q(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::transpose_q;
     /// Scores of one strip.
@@ -163,7 +172,57 @@ kernels! {
     tanh_row(x: *mut f32, n: usize) = crate::math::tanh_row;
 }
 
+/// The kernels that multiply bf16 natively, for an instruction set that is AVX-512 otherwise.
+#[cfg(target_arch = "x86_64")]
+macro_rules! dot_kernels {
+    ($module:ident, $dots:path, $($name:ident($($arg:ident: $t:ty),*) = $body:path;)*) => {
+        mod $module {
+            use super::*;
+            use crate::simd::avx512::Avx512;
+            $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+            pub unsafe fn $name($($arg: $t),*) {
+                // SAFETY: the caller's; the features enabled here are those the token proves, and the processor has `$dots`.
+                unsafe { $body(Avx512::<$dots>::new_unchecked(), $($arg),*) }
+            })*
+            /// `kernels` with these in place of the same ones of AVX-512.
+            pub fn over(kernels: Kernels) -> Kernels {
+                Kernels { dot_rows: <Avx512<$dots>>::DOT_ROWS, $($name,)* ..kernels }
+            }
+        }
+    };
+    ($($module:ident: $dots:path),*) => {
+        $(dot_kernels! {
+            $module, $dots,
+            pack_x(p: &PackX, group: usize) = gemm::pack_x;
+            gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
+            attention_prefill(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_prefill::attention_prefill;
+        })*
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+dot_kernels!(pairs: crate::simd::avx512::Pairs, tiles: crate::simd::amx::Tiles);
+
+#[cfg(target_arch = "x86_64")]
+fn with_dots(avx512: Kernels) -> Kernels {
+    match avx512.isa {
+        Isa::Avx512Bf16 => pairs::over(avx512),
+        Isa::Amx => tiles::over(avx512),
+        _ => avx512,
+    }
+}
+
 impl Kernels {
+    /// Whether weights and keys of `dtype` are multiplied in pairs, without widening.
+    pub fn multiplies_pairs(&self, dtype: DType) -> bool {
+        self.dot_rows > 0 && dtype == DType::BF16
+    }
+
+    /// Rows of a group of packed x.
+    pub fn group_rows(&self, pairs: bool) -> usize {
+        if pairs { self.dot_rows } else { self.mr }
+    }
+
     /// Columns of the register tile, and outputs of a panel of packed weights.
     pub fn panel(&self) -> usize {
         2 * self.lanes
@@ -172,16 +231,22 @@ impl Kernels {
     /// The rows of the table, as plain data.
     pub fn infos(&self) -> Vec<KernelInfo> {
         use KernelOp::{AttentionDecode, AttentionPrefill, Gemm, Norm, Rope, Softmax};
-        let (mr, nr) = (self.mr, self.panel());
-        [
-            (Gemm, mr, nr),
-            (Norm, 1, self.lanes),
-            (Rope, 1, self.lanes),
-            (Softmax, 1, self.lanes),
-            (AttentionPrefill, mr, nr),
-            (AttentionDecode, 4, nr),
-        ]
-        .map(|(op, tile_rows, tile_columns)| KernelInfo { op, isa: self.isa.name(), tile_rows, tile_columns })
-        .into()
+        let isa = self.isa.name();
+        let row = |op, dtypes, tile_rows, tile_columns| KernelInfo { op, isa, dtypes, tile_rows, tile_columns };
+        let (lanes, nr) = (self.lanes, self.panel());
+        // What has a kernel of its own for bf16.
+        let widened: &[DType] = if self.dot_rows > 0 { &[DType::F32, DType::F16] } else { &DType::ALL };
+        let mut infos = vec![
+            row(Gemm, widened, self.mr, nr),
+            row(Norm, &DType::ALL, 1, lanes),
+            row(Rope, &DType::ALL, 1, lanes),
+            row(Softmax, &DType::ALL, 1, lanes),
+            row(AttentionPrefill, widened, self.query_rows, attention_prefill::VECTORS * lanes),
+            row(AttentionDecode, &DType::ALL, 4, nr),
+        ];
+        if self.dot_rows > 0 {
+            infos.extend([Gemm, AttentionPrefill].map(|op| row(op, &[DType::BF16], self.dot_rows, DOT_COLUMNS)));
+        }
+        infos
     }
 }

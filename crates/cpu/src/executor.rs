@@ -10,7 +10,7 @@ use crate::{
     arena::{ALIGN, AlignedBytes},
     dispatch::Kernels,
     kernels::{
-        attention_prefill::{Attention, MaskRows},
+        attention::{Attention, MaskRows},
         gemm::{Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
         rope,
         rows::{CacheRows, Rows, places},
@@ -297,7 +297,8 @@ impl Run<'_> {
             (Some(weight), Some(eps)) if p.norm => Some((weight.as_ptr(), eps.get())),
             _ => None,
         };
-        let pack = PackX { x, first, rows: self.rows, k, norm, packed };
+        let pairs = w.q.weights().pairs;
+        let pack = PackX { x, first, rows: self.rows, k, norm, pairs, packed };
         let q = (&w.q, &w.q_bias, BufferName::Q);
         let k = (&w.k, &w.k_bias, BufferName::K);
         let v = (&w.v, &w.v_bias, BufferName::V);
@@ -473,7 +474,7 @@ impl Run<'_> {
 /// `pack` and `gemm` describe valid memory of the same rows; `scratch` fits the items.
 pub unsafe fn project(kernels: &Kernels, threads: &Threads, pack: &PackX, gemm: &Gemm<'_>, scratch: Scratch) {
     let (pack, gemm) = (SharedRef(pack), SharedRef(gemm));
-    threads.run(pack.get().rows.div_ceil(kernels.mr), &|_, group| {
+    threads.run(pack.get().rows.div_ceil(kernels.group_rows(pack.get().pairs)), &|_, group| {
         // SAFETY: the caller's; each item packs its own group.
         unsafe { (kernels.pack_x)(pack.get(), group) }
     });

@@ -14,11 +14,15 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with BF16: bf16 is multiplied in pairs.
+    Avx512Bf16,
+    /// AVX-512 with AMX: bf16 is multiplied in tiles.
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, narrowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// The name users write.
     pub const fn name(self) -> &'static str {
@@ -26,6 +30,8 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512_bf16",
+            Isa::Amx => "amx",
         }
     }
 
@@ -43,9 +49,22 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512Bf16.is_available() && crate::simd::amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+
+    /// Whether [`Isa::choose`] may take it: it is no slower than narrower ones.
+    fn is_worthwhile(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Isa::Avx512Bf16 {
+            return crate::simd::avx512::pairs_are_fast();
+        }
+        true
     }
 
     /// Every instruction set this processor has, narrowest first.
@@ -53,7 +72,7 @@ impl Isa {
         Isa::ALL.into_iter().filter(|i| i.is_available()).collect()
     }
 
-    /// The widest one this processor has, or the one that the environment variable `LAWSON_ISA` names.
+    /// The fastest one this processor has, or the one that the environment variable `LAWSON_ISA` names.
     ///
     /// # Errors
     /// `InvalidInput` for an unknown name, `Unavailable` for one that this processor lacks.
@@ -70,7 +89,7 @@ impl Isa {
                     format!("LAWSON_ISA: this processor lacks {isa}; it has {}", has.join(", ")),
                 ))
             }
-            _ => Ok(Isa::available().pop().unwrap_or(Isa::Portable)),
+            _ => Ok(Isa::available().into_iter().rfind(|i| i.is_worthwhile()).unwrap_or(Isa::Portable)),
         }
     }
 }
@@ -85,6 +104,9 @@ impl FromStr for Isa {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
         let found = Isa::ALL.into_iter().find(|i| i.name() == s);
-        found.ok_or_else(|| Error::invalid(format!("unknown instruction set '{s}'; accepted: portable, avx2, avx512")))
+        found.ok_or_else(|| {
+            let names: Vec<_> = Isa::ALL.iter().map(|i| i.name()).collect();
+            Error::invalid(format!("unknown instruction set '{s}'; accepted: {}", names.join(", ")))
+        })
     }
 }

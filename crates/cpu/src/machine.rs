@@ -34,6 +34,9 @@ pub fn features() -> Vec<&'static str> {
             "avxvnni",
             "avx512fp16"
         );
+        if crate::simd::amx::is_available() {
+            found.push("amx-bf16");
+        }
     }
     found.shrink_to_fit();
     found

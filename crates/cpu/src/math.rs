@@ -2,31 +2,41 @@
 
 use crate::simd::Simd;
 
-/// 2^x: at most 2 ulp from −126 to 127.5; 0 below −126.5, +∞ from 127.5 on, NaN for NaN.
-///
-/// x = n + f with |f| ≤ ½; 2^f by its Taylor polynomial of degree 7, whose remainder on that range is below 6e-9.
+/// 2^x: at most 2 ulp from −126 to 127.5; 0 below −126, that or +∞ from 127.5, +∞ from 128 on; NaN for NaN.
 #[inline(always)]
 pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
-    // `max` and `min` return their second operand when one is NaN, which keeps a NaN x.
-    let x = s.min(s.splat(128.0), s.max(s.splat(-127.0), x));
-    let n = s.round(x);
-    let f = s.sub(x, n);
-    // ln(2)ⁱ / i!
-    const C: [f32; 8] = [
-        1.0,
-        std::f32::consts::LN_2,
-        0.240_226_5,
-        0.055_504_11,
-        0.009_618_129,
-        0.001_333_355_8,
-        0.000_154_035_3,
-        0.000_015_252_734,
-    ];
-    let mut p = s.splat(C[7]);
-    for c in C[..7].iter().rev() {
+    // `min` returns its second operand when one is NaN, which keeps a NaN x.
+    exp2_at_most_128(s, s.min(s.splat(128.0), x))
+}
+
+/// [`exp2()`] of x ≤ 128, NaN for NaN.
+///
+/// x = n + f with |f| ≤ ½; 2^f by the polynomial of degree 6 with 2^0 = 1 whose greatest relative error on that range is least, 2e-9.
+#[inline(always)]
+pub fn exp2_at_most_128<S: Simd>(s: S, x: S::F) -> S::F {
+    let c = [1.0, std::f32::consts::LN_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_5, 0.000_153_533_62];
+    power_of_two(s, x, c)
+}
+
+/// 2^x for x ≤ 128 by the polynomial `c` of x's distance from the nearest integer.
+#[inline(always)]
+fn power_of_two<S: Simd, const N: usize>(s: S, x: S::F, c: [f32; N]) -> S::F {
+    // Denormal results would cost a processor's slow path, and −∞ is what masked scores are.
+    let least = s.splat(-126.0);
+    let clamped = s.max(least, x);
+    let n = s.round(clamped);
+    let f = s.sub(clamped, n);
+    let mut p = s.splat(c[N - 1]);
+    for c in c[..N - 1].iter().rev() {
         p = s.fma(p, f, s.splat(*c));
     }
-    s.mul(p, s.pow2(n))
+    s.select_lt(x, least, s.splat(0.0), s.scale2(p, n))
+}
+
+/// [`exp2_at_most_128`] with a relative error below 1.1e-4, for results that are rounded to bf16: the polynomial has degree 3.
+#[inline(always)]
+pub fn exp2_rough<S: Simd>(s: S, x: S::F) -> S::F {
+    power_of_two(s, x, [1.0, 0.693_282_9, 0.242_210_97, 0.055_008_933])
 }
 
 /// tanh(x): at most 4 ulp; ±1 for large |x|, NaN for NaN.

@@ -4,8 +4,9 @@ use lawson_core::{DType, Error, ErrorKind, Result, Storage, TensorRef};
 
 use crate::{
     arena::AlignedBytes,
+    dispatch::Kernels,
     kernels::{gemm::Weights, rows::with_elem},
-    simd::Elem,
+    simd::{DOT_STEPS, Elem},
     threads::Threads,
 };
 
@@ -16,6 +17,7 @@ pub struct PackedMatrix {
     n: usize,
     k: usize,
     tile_columns: usize,
+    pairs: bool,
 }
 
 /// Columns of a tile that holds whole units (heads) of `unit` columns: about 256, with little padding to whole panels.
@@ -28,21 +30,23 @@ pub fn tile_columns(unit: usize, n: usize, panel: usize) -> usize {
 }
 
 impl PackedMatrix {
-    /// Packs `w` [n, k], rounded to `dtype`, in tiles of `tile_columns` outputs and panels of `panel`.
+    /// Packs `w` [n, k], rounded to `dtype`, in tiles of `tile_columns` outputs for the GEMM of `kernels`.
     ///
     /// # Errors
     /// `OutOfMemory`; `InvalidInput` when `w` is not a contiguous matrix or is empty.
-    pub fn new(w: &TensorRef<'_>, dtype: DType, tile_columns: usize, panel: usize, threads: &Threads) -> Result<Self> {
+    pub fn new(w: &TensorRef<'_>, dtype: DType, tile_columns: usize, kernels: &Kernels, threads: &Threads) -> Result<Self> {
         let (&[n, k], true) = (w.shape(), w.is_contiguous()) else {
             return Err(Error::invalid(format!("a weight must be a contiguous matrix, got shape {:?}", w.shape())));
         };
         if n == 0 || k == 0 {
             return Err(Error::invalid(format!("a weight needs at least one row and one column, got {n} x {k}")));
         }
+        let (panel, pairs) = (kernels.panel(), kernels.multiplies_pairs(dtype));
+        let depth = if pairs { k.next_multiple_of(DOT_STEPS) } else { k };
         let tiles = n.div_ceil(tile_columns);
         let padded = tile_columns.next_multiple_of(panel);
         let elements = (tiles - 1) * padded + (n - (tiles - 1) * tile_columns).next_multiple_of(panel);
-        let size = elements.checked_mul(k).and_then(|e| e.checked_mul(dtype.size()));
+        let size = elements.checked_mul(depth).and_then(|e| e.checked_mul(dtype.size()));
         let size =
             size.ok_or_else(|| Error::new(ErrorKind::OutOfMemory, format!("a weight of {n} x {k} elements is too large")))?;
         let bytes = AlignedBytes::new(size)?;
@@ -52,21 +56,30 @@ impl PackedMatrix {
             let columns = tile_columns.min(n - tile * tile_columns);
             // SAFETY: tiles lie behind one another, so items write disjoint elements, all within `elements`.
             with_elem!(dtype, T => unsafe {
-                let out = start.get().cast::<T>().add(tile * padded * k);
+                let out = start.get().cast::<T>().add(tile * padded * depth);
+                let steps = if pairs { 2 } else { 1 };
+                let shape = TileShape { k, depth, row0: tile * tile_columns, columns, panel, steps };
                 match source {
-                    Storage::BF16(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
-                    Storage::F16(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
-                    Storage::F32(s) => pack_tile(s, k, tile * tile_columns, columns, panel, out),
+                    Storage::BF16(s) => pack_tile(s, &shape, out),
+                    Storage::F16(s) => pack_tile(s, &shape, out),
+                    Storage::F32(s) => pack_tile(s, &shape, out),
                     _ => unreachable!("host storage"),
                 }
             });
         });
-        Ok(PackedMatrix { bytes, dtype, n, k, tile_columns })
+        Ok(PackedMatrix { bytes, dtype, n, k, tile_columns, pairs })
     }
 
     /// What kernels read.
     pub fn weights(&self) -> Weights {
-        Weights { start: self.bytes.as_ptr(), dtype: self.dtype, n: self.n, k: self.k, tile_columns: self.tile_columns }
+        Weights {
+            start: self.bytes.as_ptr(),
+            dtype: self.dtype,
+            n: self.n,
+            k: self.k,
+            tile_columns: self.tile_columns,
+            pairs: self.pairs,
+        }
     }
 
     /// Bytes held.
@@ -75,20 +88,33 @@ impl PackedMatrix {
     }
 }
 
+/// A column tile of a matrix.
+struct TileShape {
+    /// Steps, and steps with padding.
+    k: usize,
+    depth: usize,
+    /// First output, and outputs.
+    row0: usize,
+    columns: usize,
+    /// Outputs of a panel, and steps that stand side by side for each.
+    panel: usize,
+    steps: usize,
+}
+
 /// # Safety
 /// `out` is writable as the padded tile.
-unsafe fn pack_tile<F: Elem, T: Elem>(w: &[F], k: usize, row0: usize, columns: usize, panel: usize, out: *mut T) {
+unsafe fn pack_tile<F: Elem, T: Elem>(w: &[F], t: &TileShape, out: *mut T) {
     /// Steps packed together, so that the rows' cache lines are used whole.
     const BLOCK: usize = 32;
-    let padded = columns.next_multiple_of(panel);
-    for column0 in (0..padded).step_by(panel) {
-        for k0 in (0..k).step_by(BLOCK) {
-            for j in 0..panel {
-                let row = (column0 + j < columns).then(|| &w[(row0 + column0 + j) * k..][..k]);
-                for i in k0..k.min(k0 + BLOCK) {
-                    let v = T::from_f32(row.map_or(0.0, |r| r[i].to_f32()));
-                    // SAFETY: the panel starts at column0 · k and holds panel · k elements.
-                    unsafe { out.add(column0 * k + i * panel + j).write(v) };
+    for column0 in (0..t.columns.next_multiple_of(t.panel)).step_by(t.panel) {
+        for k0 in (0..t.depth).step_by(BLOCK) {
+            for j in 0..t.panel {
+                let row = if column0 + j < t.columns { &w[(t.row0 + column0 + j) * t.k..][..t.k] } else { &[] };
+                for i in k0..t.depth.min(k0 + BLOCK) {
+                    let v = T::from_f32(row.get(i).map_or(0.0, |v| v.to_f32()));
+                    let at = i / t.steps * t.panel * t.steps + j * t.steps + i % t.steps;
+                    // SAFETY: the panel starts at column0 · depth and holds panel · depth elements.
+                    unsafe { out.add(column0 * t.depth + at).write(v) };
                 }
             }
         }

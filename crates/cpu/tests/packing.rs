@@ -7,6 +7,7 @@ use lawson_core::{
 };
 use lawson_cpu::{
     Cpu, Isa,
+    dispatch::Kernels,
     pack::{PackedMatrix, tile_columns},
     threads::Threads,
 };
@@ -51,11 +52,11 @@ fn tiles_hold_whole_units() {
 
 #[test]
 fn what_is_not_a_matrix_is_refused() {
-    let threads = Threads::new(1).unwrap();
+    let (kernels, threads) = (Kernels::of(Isa::Portable).unwrap(), Threads::new(1).unwrap());
     let data = vec![0f32; 24];
     let views = [TensorRef::new(&data, &[2, 3, 4]).unwrap(), TensorRef::strided(&data, &[2, 6], &[12, 1]).unwrap()];
     for view in views {
-        let error = PackedMatrix::new(&view, DType::F32, 2, 8, &threads).err().expect("accepted").to_string();
+        let error = PackedMatrix::new(&view, DType::F32, 2, &kernels, &threads).err().expect("accepted").to_string();
         assert!(error.contains("contiguous matrix"), "{error}");
     }
 }

@@ -12,7 +12,7 @@ use lawson_core::{
 };
 use lawson_cpu::{
     executor::{self, Operands, PackedBlock},
-    kernels::{attention_prefill::MaskRows, rows::Rows},
+    kernels::{attention::MaskRows, rows::Rows},
     pack::{PackedMatrix, tile_columns},
 };
 
@@ -111,9 +111,10 @@ impl AttentionBlockBuilder<'_> {
         self.weights.check(&self.spec)?;
         let w = &self.weights;
         let dtype = self.dtype.unwrap_or(w.q_weight.dtype());
-        let (a, panel) = (&self.spec.attention, context.0.cpu.kernels.panel());
+        let (a, kernels) = (&self.spec.attention, &context.0.cpu.kernels);
+        let panel = kernels.panel();
         let pack = |name: &str, t: &TensorRef<'_>, columns: usize| {
-            PackedMatrix::new(t, dtype, columns, panel, &context.0.cpu.threads).map_err(|e| e.at(name))
+            PackedMatrix::new(t, dtype, columns, kernels, &context.0.cpu.threads).map_err(|e| e.at(name))
         };
         let heads = |n: usize| tile_columns(a.head_dim, n, panel);
         let values = |t: &Option<TensorRef<'_>>| t.as_ref().map(TensorRef::to_f32);

@@ -242,7 +242,7 @@ impl Scratch for CpuScratch<'_> {
         self.0.gemm_scratch(problem, row_tile)
     }
     fn attention(&self, problem: &BlockProblem, query_tile: usize) -> usize {
-        self.0.attention_scratch(&problem.spec.attention, problem.kv_dtype, query_tile)
+        self.0.attention_scratch(&problem.spec.attention, problem.dtype, problem.kv_dtype, query_tile)
     }
     fn other(&self, problem: &BlockProblem) -> usize {
         self.0.other_scratch(problem)

@@ -6,7 +6,7 @@ use lawson_core::{
 };
 use lawson_cpu::{
     kernels::{
-        attention_prefill::Attention,
+        attention::Attention,
         gemm::{Epilogue, Gemm, PackX, Segment},
         rope,
         rows::{CacheRows, Rows},
@@ -304,7 +304,7 @@ impl QkvWeights {
         let cpu = &context.0.cpu;
         let pack = |name: &str, w: &TensorRef<'_>| {
             let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.panel());
-            PackedMatrix::new(w, dtype, columns, cpu.kernels.panel(), &cpu.threads).map_err(|e| e.at(name))
+            PackedMatrix::new(w, dtype, columns, &cpu.kernels, &cpu.threads).map_err(|e| e.at(name))
         };
         let parts = [pack("q weight", q)?, pack("k weight", k)?, pack("v weight", v)?];
         let widths = [q, k, v].map(|w| w.shape()[1]);
@@ -348,15 +348,16 @@ pub fn qkv_projection(
         let to = rows_mut(out, w.n);
         segments.push(Segment { weights: w, bias: None, epilogue: Epilogue::Store { to, residual: None } });
     }
-    let row_tile = tokens.min(256).next_multiple_of(cpu.kernels.mr);
+    let (depth, pairs) = (weights.parts[0].weights().depth(), weights.parts[0].weights().pairs);
+    let row_tile = tokens.min(256).next_multiple_of(cpu.kernels.group_rows(pairs));
     let widest = segments.iter().map(|s| s.weights.tile_columns).max().unwrap_or(1);
     let scratch_len = lawson_cpu::kernels::gemm::scratch_len(row_tile, widest, cpu.kernels.panel());
     let mut workspace = context.workspace();
-    let scratch = workspace.reserve(tokens * k * 4, scratch_len * 4, cpu.threads.count())?;
+    let scratch = workspace.reserve(tokens * depth * 4, scratch_len * 4, cpu.threads.count())?;
     let packed = workspace.buffers().cast::<f32>();
     let groups: Vec<&[Segment<'_>]> = if fused { vec![&segments] } else { segments.chunks(1).collect() };
     for group in groups {
-        let pack = PackX { x: rows(x, k), first: 0, rows: tokens, k, norm: None, packed };
+        let pack = PackX { x: rows(x, k), first: 0, rows: tokens, k, norm: None, pairs, packed };
         let gemm = Gemm { packed, first: 0, rows: tokens, row_tile, segments: group };
         // SAFETY: the shapes were checked above, the outputs are borrowed mutably, and items write disjoint parts.
         unsafe { lawson_cpu::executor::project(&cpu.kernels, &cpu.threads, &pack, &gemm, scratch) };

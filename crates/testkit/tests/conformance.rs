@@ -1,7 +1,7 @@
 //! The conformance suite passes an honest runner and fails broken ones.
 
 use lawson_core::{
-    Error, ErrorKind, Result,
+    DType, Error, ErrorKind, Result,
     data::{BlockData, BlockOutput},
     kernel::{Backend, KernelCase, KernelInfo, KernelOp, MachineProfile},
     oracle::{self, AttentionInput},
@@ -131,7 +131,7 @@ impl Backend for Honest {
             KernelOp::AttentionPrefill,
             KernelOp::AttentionDecode,
         ];
-        all.into_iter().map(|op| KernelInfo { op, isa: "portable", tile_rows: 1, tile_columns: 1 }).collect()
+        all.into_iter().map(|op| KernelInfo { op, isa: "portable", dtypes: &DType::ALL, tile_rows: 1, tile_columns: 1 }).collect()
     }
     fn run(&self, _: &KernelInfo, case: &KernelCase) -> Result<Vec<f32>> {
         let narrow = |v: Vec<f64>| v.into_iter().map(|v| v as f32).collect::<Vec<_>>();

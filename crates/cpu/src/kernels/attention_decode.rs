@@ -6,7 +6,7 @@
 use lawson_core::problem::AttentionSpec;
 
 use super::{
-    attention_prefill::{Attention, LOG2_E, finish},
+    attention::{Attention, LOG2_E, finish},
     rows::{CacheRows, load_row, with_elem},
     tile::{Tile, column},
 };

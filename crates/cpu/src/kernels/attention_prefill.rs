@@ -11,311 +11,338 @@ use std::ops::Range;
 use lawson_core::{DType, problem::AttentionSpec};
 
 use super::{
-    rows::{CacheRows, Rows, load_row, store_row},
-    tile::{Tile, column},
+    attention::{Attention, Item, LOG2_E, finish},
+    attention_prefill_bf16,
+    rows::{CacheRows, Rows, load_row},
+    tile::{QueryTile, query_tile},
 };
 use crate::{
-    math::{exp2, tanh},
+    dispatch::Kernels,
+    math::{exp2_at_most_128, tanh},
     simd::Simd,
 };
 
-/// log₂ e: scores are kept in base 2.
-pub const LOG2_E: f32 = std::f32::consts::LOG2_E;
+/// Vectors of a strip.
+pub const VECTORS: usize = 3;
 
-/// An arbitrary mask; nonzero is visible.
-#[derive(Clone, Copy, Debug)]
-pub struct MaskRows {
-    /// First byte.
-    pub start: *const u8,
-    /// Bytes between sequences, 0 when one mask serves all.
-    pub sequence_stride: usize,
-    /// Bytes between heads, 0 when one mask serves all.
-    pub head_stride: usize,
-    /// Bytes between queries.
-    pub row_stride: usize,
+/// Rows of the cache that a strip attends at once: two tiles.
+pub(super) const KEYS: usize = 2 * CacheRows::TILE;
+
+/// Rows of a panel of packed values; not a power of two, so that a row's panels lie in different sets of the cache.
+const PANEL: usize = KEYS + 6;
+
+/// f32 that a strip's description takes.
+pub(super) const STRIP: usize = size_of::<Strip>().div_ceil(64) * 16;
+
+/// Where the parts of an item's scratch lie, in f32 from its start.
+struct Layout {
+    /// D up to whole vectors: rows of qᵀ and oᵀ, so that they are transposed in squares.
+    depth: usize,
+    /// Strips.
+    strips: usize,
+    /// Of the first strip's qᵀ, oᵀ, m, l, α, position and slope; the others' follow.
+    state: usize,
+    /// f32 of a strip's.
+    state_len: usize,
+    /// [KEYS, strip].
+    scores: usize,
+    /// V in panels of `QUERY_ROWS` dimensions [panel, PANEL, QUERY_ROWS].
+    v: usize,
+    /// K as f32 [KEYS, D], where the cache has another dtype; then the last rows of K up to a whole register tile [QUERY_ROWS, D].
+    k: usize,
+    /// LANES rows [LANES, depth] or two squares of LANES on their way through a transpose.
+    rows: usize,
+    /// All of it.
+    len: usize,
 }
 
-impl MaskRows {
-    /// Address of the mask of cache row 0.
+impl Layout {
     #[inline(always)]
-    pub fn row(&self, sequence: usize, head: usize, index: usize) -> *const u8 {
-        self.start.wrapping_add(sequence * self.sequence_stride + head * self.head_stride + index * self.row_stride)
+    fn new(spec: &AttentionSpec, kv_dtype: DType, query_tile: usize, lanes: usize) -> Layout {
+        let strip = VECTORS * lanes;
+        let strips = (query_tile * spec.group()).div_ceil(strip);
+        let depth = spec.head_dim.next_multiple_of(lanes.max(8));
+        let state = strips * STRIP;
+        let state_len = strip * (2 * depth + Strip::STATE);
+        let scores = state + strips * state_len;
+        let v = scores + KEYS * strip;
+        let k = v + PANEL * depth;
+        let rows = k + (8 + if kv_dtype == DType::F32 { 0 } else { KEYS }) * depth;
+        Layout { depth, strips, state, state_len, scores, v, k, rows, len: rows + (lanes * depth).max(2 * lanes * lanes) }
     }
 }
 
-/// An attention step over a block of rows.
-#[derive(Clone, Copy)]
-pub struct Attention<'a> {
-    /// Heads, masking and score rules.
-    pub spec: &'a AttentionSpec,
-    /// [rows of the block, H·D].
-    pub q: Rows,
-    /// The cache, new rows included.
-    pub cache: CacheRows,
-    /// [rows of the block, H·D].
-    pub out: Rows,
-    /// Natural log-sum-exp, [rows of the block, H].
-    pub lse: Option<*mut f32>,
-    /// The arbitrary mask.
-    pub mask: Option<MaskRows>,
-    /// `[H]`.
-    pub sinks: Option<*const f32>,
-    /// `[H]`.
-    pub slopes: Option<*const f32>,
-    /// New tokens of each sequence.
-    pub new: &'a [usize],
-    /// Past rows of each sequence.
-    pub past: &'a [usize],
-    /// First token of the block.
-    pub first: usize,
-    /// Tokens of the block.
-    pub rows: usize,
-    /// Queries of a work item; 0 for the decode kernel.
-    pub query_tile: usize,
-    /// Rows of each part of the cache; one part when `None`.
-    pub split: Option<usize>,
-    /// Where parts go: [rows of the block, H, parts, D + 2], each acc, m (base 2) and l. Null when one part is all there is.
-    pub parts: *mut f32,
-    /// Parts of the longest sequence.
-    pub most_parts: usize,
-}
-
-/// What one work item computes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Item {
-    /// The sequence.
-    pub sequence: usize,
-    /// The key/value head.
-    pub kv_head: usize,
-    /// Its queries, as indices among the new tokens of the sequence.
-    pub queries: Range<usize>,
-    /// The row of the block that its first query has.
-    pub row: usize,
-    /// Which part of the cache.
-    pub part: usize,
-}
-
-impl Attention<'_> {
-    /// The tokens of each sequence that lie in this row block: (sequence, indices among its new tokens, row of the first).
-    fn sequences(&self) -> impl Iterator<Item = (usize, Range<usize>, usize)> + '_ {
-        let (first, end) = (self.first, self.first + self.rows);
-        let mut start = 0;
-        self.new.iter().enumerate().filter_map(move |(b, &n)| {
-            let begin = start;
-            start += n;
-            let (lo, hi) = (first.max(begin), end.min(begin + n));
-            (lo < hi).then(|| (b, lo - begin..hi - begin, lo - first))
-        })
+/// f32 of scratch of a prefill item of `kernels` whose result is `dtype`.
+pub fn scratch_len(spec: &AttentionSpec, dtype: DType, kv_dtype: DType, query_tile: usize, kernels: &Kernels) -> usize {
+    if attention_prefill_bf16::applies(kernels.dot_rows, dtype, kv_dtype) {
+        return attention_prefill_bf16::scratch_len(spec, query_tile);
     }
-
-    fn tiles(&self, queries: &Range<usize>) -> usize {
-        queries.len().div_ceil(self.query_tile.max(1))
-    }
-
-    /// Parts of a sequence.
-    pub fn parts_of(&self, sequence: usize) -> usize {
-        self.split.map_or(1, |s| (self.past[sequence] + self.new[sequence]).div_ceil(s))
-    }
-
-    /// Work items.
-    pub fn items(&self) -> usize {
-        self.sequences().map(|(b, q, _)| self.tiles(&q) * self.parts_of(b) * self.spec.kv_heads).sum()
-    }
-
-    /// Work item `item`; the last queries of a sequence, which see most, come first.
-    pub fn item(&self, mut item: usize) -> Item {
-        for (sequence, queries, row) in self.sequences() {
-            let (tiles, parts) = (self.tiles(&queries), self.parts_of(sequence));
-            let count = tiles * parts * self.spec.kv_heads;
-            if item >= count {
-                item -= count;
-                continue;
-            }
-            let (tile, rest) = (tiles - 1 - item / (parts * self.spec.kv_heads), item % (parts * self.spec.kv_heads));
-            let width = self.query_tile.max(1);
-            let start = queries.start + tile * width;
-            return Item {
-                sequence,
-                kv_head: rest % self.spec.kv_heads,
-                queries: start..queries.end.min(start + width),
-                row: row + tile * width,
-                part: rest / self.spec.kv_heads,
-            };
-        }
-        unreachable!("attention item past the last")
-    }
-
-    /// Rows of the cache that the query at `index` of `sequence` may see in `part`.
-    pub fn visible(&self, sequence: usize, index: usize, part: usize) -> Range<usize> {
-        let seen = self.spec.visible_range(self.past[sequence] + index, self.past[sequence] + self.new[sequence]);
-        let (lo, hi) = self.split.map_or((0, usize::MAX), |s| (part * s, (part + 1) * s));
-        let end = seen.end.min(hi).max(lo);
-        seen.start.clamp(lo, end)..end
-    }
-
-    /// What multiplies q, and what multiplies the scores after a softcap's tanh.
-    pub fn factors(&self) -> (f32, Option<f32>) {
-        let scale = self.spec.scale();
-        match self.spec.softcap {
-            Some(c) => ((scale / c.get()) as f32, Some((c.get() * f64::from(LOG2_E)) as f32)),
-            None => ((scale * std::f64::consts::LOG2_E) as f32, None),
-        }
-    }
-}
-
-/// f32 of scratch of a prefill item.
-pub fn scratch_len(spec: &AttentionSpec, kv_dtype: DType, query_tile: usize, lanes: usize) -> usize {
-    let strip = 2 * lanes;
-    let strips = (query_tile * spec.group()).div_ceil(strip);
-    let converted = if kv_dtype == DType::F32 { 0 } else { 2 * CacheRows::TILE * spec.head_dim };
-    strips * strip * (2 * spec.head_dim + 4) + CacheRows::TILE * strip + converted + spec.head_dim.next_multiple_of(lanes)
+    let lanes = kernels.lanes;
+    Layout::new(spec, kv_dtype, query_tile, lanes).len
 }
 
 /// One strip of an item: its place in scratch and its lanes.
-struct Strip {
-    q: *mut f32,
-    o: *mut f32,
-    m: *mut f32,
-    l: *mut f32,
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    pub q: *mut f32,
+    pub o: *mut f32,
+    pub m: *mut f32,
+    pub l: *mut f32,
+    /// What a step multiplies the result so far by.
+    pub alpha: *mut f32,
     /// Position of each lane.
-    position: *mut f32,
-    slope: *mut f32,
+    pub position: *mut f32,
+    pub slope: *mut f32,
+    /// The item's number of the first lane.
+    pub first: usize,
     /// Lanes in use.
-    lanes: usize,
-    /// LANES or 2·LANES.
-    width: usize,
+    pub lanes: usize,
+    /// Vectors that hold them.
+    pub vectors: usize,
     /// Lowest and highest position of a lane.
-    low: usize,
-    high: usize,
+    pub low: usize,
+    pub high: usize,
     /// Rows that some lane may see.
-    visible: Range<usize>,
-    started: bool,
+    pub start: usize,
+    pub end: usize,
+}
+
+impl Strip {
+    /// f32 of a lane's state besides q and o.
+    pub const STATE: usize = 5;
+
+    #[inline(always)]
+    pub fn new(q: *mut f32, o: *mut f32, state: *mut f32, width: usize, first: usize, lanes: usize, vectors: usize) -> Strip {
+        let part = |n: usize| state.wrapping_add(width * n);
+        let (m, l, alpha, position, slope) = (part(0), part(1), part(2), part(3), part(4));
+        let (low, high, start, end) = (usize::MAX, 0, usize::MAX, 0);
+        Strip { q, o, m, l, alpha, position, slope, first, lanes, vectors, low, high, start, end }
+    }
+
+    /// Empties the state of `lane` and notes what it may see.
+    #[inline(always)]
+    pub unsafe fn describe(&mut self, a: &Attention<'_>, lanes: &Lanes, item: &Item, lane: usize) {
+        let (mut position, mut slope) = (0, 0.0);
+        // SAFETY: the caller's: every lane of `vectors` has a state.
+        unsafe {
+            if lane < self.lanes {
+                let (head, index, _) = lanes.of(self.first + lane);
+                position = a.past[item.sequence] + index;
+                slope = a.slopes.map_or(0.0, |p| *p.add(head)) * LOG2_E;
+                let seen = a.visible(item.sequence, index, item.part);
+                (self.low, self.high) = (self.low.min(position), self.high.max(position));
+                (self.start, self.end) = (self.start.min(seen.start), self.end.max(seen.end));
+            }
+            self.m.add(lane).write(f32::NEG_INFINITY);
+            self.l.add(lane).write(0.0);
+            self.position.add(lane).write(position as f32);
+            self.slope.add(lane).write(slope);
+        }
+    }
+}
+
+/// Which query each lane of an item is: heads of the group one after another, each with all queries of the item.
+pub(super) struct Lanes {
+    pub head0: usize,
+    pub queries: usize,
+    pub index0: usize,
+    pub row0: usize,
+}
+
+impl Lanes {
+    #[inline(always)]
+    pub fn new(a: &Attention<'_>, item: &Item) -> Lanes {
+        let group = a.spec.group();
+        Lanes { head0: item.kv_head * group, queries: item.queries.len(), index0: item.queries.start, row0: item.row }
+    }
+    /// Head, index among the sequence's new tokens, row of the block.
+    #[inline(always)]
+    pub fn of(&self, lane: usize) -> (usize, usize, usize) {
+        let (head, query) = (lane / self.queries, lane % self.queries);
+        (self.head0 + head, self.index0 + query, self.row0 + query)
+    }
 }
 
 /// Computes one work item.
 /// # Safety
-/// `a` describes valid memory; `scratch` is writable as [`scratch_len`] f32; no other item with this index runs.
+/// `a` describes valid memory; `scratch` is writable as [`scratch_len`] f32 and aligned to 64 bytes; no other item with this index runs.
 #[inline(always)]
 pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, scratch: *mut f32) {
     let item = a.item(item);
-    let (d, group) = (a.spec.head_dim, a.spec.group());
-    let (b, queries) = (item.sequence, item.queries.len());
-    let lanes = queries * group;
-    let full = 2 * S::LANES;
-    let strips = lanes.div_ceil(full);
-    let of_lane =
-        |lane: usize| (item.kv_head * group + lane / queries, item.queries.start + lane % queries, item.row + lane % queries);
+    if attention_prefill_bf16::applies(S::DOT_ROWS, a.out.dtype, a.cache.dtype) {
+        // SAFETY: the caller's.
+        return unsafe { attention_prefill_bf16::attend(s, a, &item, scratch) };
+    }
+    let (d, b) = (a.spec.head_dim, item.sequence);
+    let lanes = Lanes::new(a, &item);
+    let layout = Layout::new(a.spec, a.cache.dtype, item.queries.len(), S::LANES);
+    let at = |offset: usize| scratch.wrapping_add(offset);
+    let strip_at = |i: usize| scratch.wrapping_add(i * STRIP).cast::<Strip>();
 
-    let strip_len = full * (2 * d + 4);
-    let scores = scratch.wrapping_add(strips * strip_len);
-    let k_tile = scores.wrapping_add(CacheRows::TILE * full);
-    let converted = if a.cache.dtype == DType::F32 { 0 } else { CacheRows::TILE * d };
-    let v_tile = k_tile.wrapping_add(converted);
-    let row = v_tile.wrapping_add(converted);
-    let strip_at = |i: usize| {
-        let at = |n: usize| scratch.wrapping_add(i * strip_len + n);
-        let used = full.min(lanes - i * full);
-        let (mut low, mut high) = (usize::MAX, 0);
-        let (mut start, mut end) = (usize::MAX, 0);
-        for lane in i * full..i * full + used {
-            let (_, index, _) = of_lane(lane);
-            let position = a.past[b] + index;
-            (low, high) = (low.min(position), high.max(position));
-            let seen = a.visible(b, index, item.part);
-            (start, end) = (start.min(seen.start), end.max(seen.end));
-        }
-        Strip {
-            q: at(0),
-            o: at(full * d),
-            m: at(2 * full * d),
-            l: at(2 * full * d + full),
-            position: at(2 * full * d + 2 * full),
-            slope: at(2 * full * d + 3 * full),
-            lanes: used,
-            width: if used <= S::LANES { S::LANES } else { full },
-            low,
-            high,
-            visible: start..end,
-            started: false,
-        }
-    };
-    let (q_factor, cap) = a.factors();
-
-    // SAFETY: the caller's; the carving above is what `scratch_len` counts.
+    // SAFETY: the caller's; `layout` is what `scratch_len` counts, for at most as many queries.
     unsafe {
         let (mut start, mut end) = (usize::MAX, 0);
-        for i in 0..strips {
-            let strip = strip_at(i);
-            (start, end) = (start.min(strip.visible.start), end.max(strip.visible.end));
-            for lane in 0..strip.width {
-                strip.m.add(lane).write(f32::NEG_INFINITY);
-                strip.l.add(lane).write(0.0);
-                if lane >= strip.lanes {
-                    strip.position.add(lane).write(0.0);
-                    strip.slope.add(lane).write(0.0);
-                    for j in 0..d {
-                        strip.q.add(j * strip.width + lane).write(0.0);
-                    }
-                    continue;
-                }
-                let (head, index, r) = of_lane(i * full + lane);
-                strip.position.add(lane).write((a.past[b] + index) as f32);
-                strip.slope.add(lane).write(a.slopes.map_or(0.0, |p| *p.add(head)) * LOG2_E);
-                load_row(s, a.q.dtype, a.q.at(r, head * d), row, d);
-                for j in 0..d {
-                    strip.q.add(j * strip.width + lane).write(*row.add(j) * q_factor);
-                }
-            }
-            for j in (0..d * strip.width).step_by(S::LANES) {
-                s.store(strip.o.add(j), s.splat(0.0));
-            }
+        for i in 0..layout.strips {
+            let strip = prepare(s, a, &lanes, &item, &layout, i, at(layout.state + i * layout.state_len), at(layout.rows));
+            (start, end) = (start.min(strip.start), end.max(strip.end));
+            strip_at(i).write(strip);
         }
-        let tile = CacheRows::TILE;
-        let mut t = start / tile;
-        while t * tile < end {
-            let rows = (t * tile).max(start)..((t + 1) * tile).min(end);
-            let (mut k, mut v, mut stride) =
-                (a.cache.k_row(b, item.kv_head, rows.start), a.cache.v_row(b, item.kv_head, rows.start), a.cache.row_stride);
-            if converted > 0 {
-                let bytes = a.cache.row_stride * a.cache.dtype.size();
+        let mut t = start / KEYS;
+        while t * KEYS < end {
+            let rows = (t * KEYS).max(start)..((t + 1) * KEYS).min(end);
+            let k_row = a.cache.k_row(b, item.kv_head, rows.start);
+            let bytes = a.cache.row_stride * a.cache.dtype.size();
+            let v_row = a.cache.v_row(b, item.kv_head, rows.start);
+            pack_values(s, a, rows.len(), v_row, at(layout.v), at(layout.rows));
+            let (k, stride) = if a.cache.dtype == DType::F32 {
+                (k_row.cast::<f32>().cast_const(), a.cache.row_stride)
+            } else {
                 for j in 0..rows.len() {
-                    load_row(s, a.cache.dtype, k.add(j * bytes), k_tile.add(j * d), d);
-                    load_row(s, a.cache.dtype, v.add(j * bytes), v_tile.add(j * d), d);
+                    load_row(s, a.cache.dtype, k_row.add(j * bytes), at(layout.k + j * layout.depth), d);
                 }
-                (k, v, stride) = (k_tile.cast(), v_tile.cast(), d);
-            }
-            for i in 0..strips {
-                let mut strip = strip_at(i);
-                strip.started = t > strip.visible.start / tile;
-                let (lo, hi) = (rows.start.max(strip.visible.start), rows.end.min(strip.visible.end));
-                if lo >= hi {
-                    continue;
+                (at(layout.k).cast_const(), layout.depth)
+            };
+            for i in 0..layout.strips {
+                let strip = &*strip_at(i);
+                let (lo, hi) = (rows.start.max(strip.start), rows.end.min(strip.end));
+                if lo < hi {
+                    let skip = lo - rows.start;
+                    // Half of the strips fetch the next rows of K, half those of V.
+                    let half = layout.strips.div_ceil(2);
+                    let next = if i < half { k_row } else { v_row }.wrapping_add((KEYS + i % half * KEYS / half) * bytes);
+                    let share = KEYS * bytes / half / d;
+                    let (k, v) = (k.add(skip * stride), at(layout.v + skip * S::QUERY_ROWS));
+                    let keys = Keys { rows: lo..hi, k, stride, v, next, share };
+                    let masks = |lane: usize| {
+                        let (head, index, _) = lanes.of(strip.first + lane);
+                        a.mask.map(|m| m.row(b, head, index))
+                    };
+                    attend_strip(s, a, strip, &keys, at(layout.scores), at(layout.k), at(layout.rows), &masks);
                 }
-                let (skip_k, skip_v) =
-                    (k.cast::<f32>().add((lo - rows.start) * stride), v.cast::<f32>().add((lo - rows.start) * stride));
-                let masks = |lane: usize| {
-                    let (head, index, _) = of_lane(i * full + lane);
-                    a.mask.map(|m| m.row(b, head, index))
-                };
-                attend_tile(s, a, &strip, lo..hi, skip_k, skip_v, stride, scores, cap, &masks);
             }
             t += 1;
         }
-        for i in 0..strips {
-            let strip = strip_at(i);
-            for lane in 0..strip.lanes {
-                let (head, _, r) = of_lane(i * full + lane);
-                for j in 0..d {
-                    row.add(j).write(*strip.o.add(j * strip.width + lane));
+        for i in 0..layout.strips {
+            let strip = &*strip_at(i);
+            let width = strip.vectors * S::LANES;
+            for j in 0..strip.vectors {
+                if a.parts.is_null() {
+                    fetch_rows(s, a.out, &lanes, strip.first + j * S::LANES, strip.first + strip.lanes, d);
                 }
-                finish(s, a, head, r, item.part, row, *strip.m.add(lane), *strip.l.add(lane));
+                for i in (0..d).step_by(S::LANES) {
+                    s.transpose(strip.o.add(i * width + j * S::LANES), width, at(layout.rows + i), layout.depth);
+                }
+                for lane in j * S::LANES..strip.lanes.min((j + 1) * S::LANES) {
+                    let (head, _, r) = lanes.of(strip.first + lane);
+                    let o = at(layout.rows + (lane - j * S::LANES) * layout.depth);
+                    finish(s, a, head, r, item.part, o, *strip.m.add(lane), *strip.l.add(lane));
+                }
             }
         }
     }
 }
 
-/// Whether none, all or some of a strip's mask bytes are set.
-unsafe fn mask_census(lanes: usize, rows: &Range<usize>, row: &impl Fn(usize) -> Option<*const u8>) -> (bool, bool) {
+/// Fetches the rows of q or of the result that the lanes from `first` on, one vector of them, read or write.
+#[inline(always)]
+pub(super) fn fetch_rows<S: Simd>(s: S, rows: Rows, lanes: &Lanes, first: usize, end: usize, d: usize) {
+    for lane in first..end.min(first + S::LANES) {
+        let (head, _, r) = lanes.of(lane);
+        for line in (0..d * rows.dtype.size()).step_by(64) {
+            s.fetch_near(rows.at(r, head * d).wrapping_add(line));
+        }
+    }
+}
+
+/// Strip `i` with its queries transposed and its state empty.
+#[expect(clippy::too_many_arguments, reason = "an item's state and its scratch")]
+#[inline(always)]
+unsafe fn prepare<S: Simd>(
+    s: S,
+    a: &Attention<'_>,
+    lanes: &Lanes,
+    item: &Item,
+    layout: &Layout,
+    i: usize,
+    state: *mut f32,
+    rows: *mut f32,
+) -> Strip {
+    let (d, full) = (a.spec.head_dim, VECTORS * S::LANES);
+    let first = i * full;
+    let used = full.min(lanes.queries * a.spec.group() - first);
+    let vectors = used.div_ceil(S::LANES);
+    let width = vectors * S::LANES;
+    let o = state.wrapping_add(full * layout.depth);
+    let mut strip = Strip::new(state, o, o.wrapping_add(full * layout.depth), full, first, used, vectors);
+    let (q_factor, _) = a.factors();
+    // SAFETY: the caller's.
+    unsafe {
+        let end = lanes.queries * a.spec.group();
+        if i == 0 {
+            fetch_rows(s, a.q, lanes, 0, end, d);
+        }
+        for lane in 0..width {
+            if lane % S::LANES == 0 {
+                fetch_rows(s, a.q, lanes, first + lane + S::LANES, end, d);
+            }
+            let row = rows.add(lane % S::LANES * layout.depth);
+            strip.describe(a, lanes, item, lane);
+            if lane < used {
+                let (head, _, r) = lanes.of(first + lane);
+                load_row(s, a.q.dtype, a.q.at(r, head * d), row, d);
+                for j in (0..d).step_by(S::LANES) {
+                    s.store(row.add(j), s.mul(s.load(row.add(j)), s.splat(q_factor)));
+                }
+            } else {
+                for j in (0..d).step_by(S::LANES) {
+                    s.store(row.add(j), s.splat(0.0));
+                }
+            }
+            if lane % S::LANES == S::LANES - 1 {
+                for j in (0..d).step_by(S::LANES) {
+                    s.transpose(rows.add(j), layout.depth, strip.q.add(j * width + lane + 1 - S::LANES), width);
+                }
+            }
+        }
+        for j in (0..layout.depth * width).step_by(S::LANES) {
+            s.store(strip.o.add(j), s.splat(0.0));
+        }
+    }
+    strip
+}
+
+/// `n` rows of V in panels [panel, PANEL, QUERY_ROWS], the last one padded with zeros.
+#[inline(always)]
+unsafe fn pack_values<S: Simd>(s: S, a: &Attention<'_>, n: usize, v: *const u8, packed: *mut f32, row: *mut f32) {
+    let (d, size) = (a.spec.head_dim, a.cache.dtype.size());
+    // SAFETY: the caller's; `row` holds D up to whole vectors.
+    unsafe {
+        for j in (0..d.next_multiple_of(S::QUERY_ROWS)).step_by(S::LANES) {
+            s.store(row.add(j), s.splat(0.0));
+        }
+        for i in 0..n {
+            let v = v.add(i * a.cache.row_stride * size);
+            let whole = a.cache.dtype == DType::F32 && d.is_multiple_of(S::QUERY_ROWS);
+            let from = if whole {
+                v.cast::<f32>()
+            } else {
+                load_row(s, a.cache.dtype, v, row, d);
+                row.cast_const()
+            };
+            for j in (0..d).step_by(S::QUERY_ROWS) {
+                let (from, to) = (from.add(j), packed.add(j * PANEL + i * S::QUERY_ROWS));
+                if S::QUERY_ROWS == 8 {
+                    to.cast::<[f32; 8]>().write_unaligned(from.cast::<[f32; 8]>().read_unaligned());
+                } else {
+                    to.cast::<[f32; 4]>().write_unaligned(from.cast::<[f32; 4]>().read_unaligned());
+                }
+            }
+        }
+    }
+}
+
+/// Whether any and whether all of the mask bytes of a strip are set.
+#[inline(always)]
+pub(super) unsafe fn mask_census(lanes: usize, rows: &Range<usize>, row: &impl Fn(usize) -> Option<*const u8>) -> (bool, bool) {
     let (mut any, mut all) = (false, true);
     for lane in 0..lanes {
         if let Some(p) = row(lane) {
@@ -329,49 +356,34 @@ unsafe fn mask_census(lanes: usize, rows: &Range<usize>, row: &impl Fn(usize) ->
     (any, all)
 }
 
-/// Scores, softmax and weighted values of one strip and one tile.
+/// Applies softcap, ALiBi, causality, window and mask to the scores [rows, width] of a strip, multiplied by `factor` first. `mask` gives the
+/// mask of a lane; `lines` takes 2 · LANES² f32.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn attend_tile<S: Simd>(
+pub(super) unsafe fn shape_scores<S: Simd>(
     s: S,
     a: &Attention<'_>,
     strip: &Strip,
-    rows: Range<usize>,
-    k: *const f32,
-    v: *const f32,
-    stride: usize,
+    rows: &Range<usize>,
     scores: *mut f32,
-    cap: Option<f32>,
-    masks: &impl Fn(usize) -> Option<*const u8>,
+    factor: Option<f32>,
+    mask: Option<&impl Fn(usize) -> Option<*const u8>>,
+    lines: *mut f32,
 ) {
-    let (d, n, width) = (a.spec.head_dim, rows.len(), strip.width);
-    let vectors = width / S::LANES;
-    // SAFETY: the caller's.
+    let (n, width, (_, cap)) = (rows.len(), strip.vectors * S::LANES, a.factors());
+    let causal = a.spec.causal && rows.end > strip.low + 1;
+    let window = a.spec.window.filter(|&w| rows.start.saturating_add(w) <= strip.high);
+    let minus_inf = s.splat(f32::NEG_INFINITY);
+    // SAFETY: the caller's; the mask has a byte for every row of the cache that a query may see.
     unsafe {
-        let mut masked = false;
-        if a.mask.is_some() {
-            let (any, all) = mask_census(strip.lanes, &rows, masks);
-            if !any {
-                return;
-            }
-            masked = !all;
-        }
-        let product = Tile {
-            k: d,
-            a: k,
-            a_stride: stride,
-            b: strip.q.cast_const(),
-            b_stride: width,
-            c: scores,
-            c_stride: width,
-            accumulate: false,
-        };
-        column::<S, f32, false>(s, n, vectors, product);
-        let low = if a.spec.causal && rows.end > strip.low + 1 { Some(()) } else { None };
-        let window = a.spec.window.filter(|&w| rows.start.saturating_add(w) <= strip.high);
-        let minus_inf = s.splat(f32::NEG_INFINITY);
-        for j in 0..vectors {
+        for j in 0..strip.vectors {
             let c = scores.add(j * S::LANES);
+            if let Some(factor) = factor {
+                for i in 0..n {
+                    let p = c.add(i * width);
+                    s.store(p, s.mul(s.load(p), s.splat(factor)));
+                }
+            }
             if let Some(cap) = cap {
                 for i in 0..n {
                     let p = c.add(i * width);
@@ -386,7 +398,7 @@ unsafe fn attend_tile<S: Simd>(
                     s.store(p, s.fma(slope, distance, s.load(p)));
                 }
             }
-            if low.is_some() || window.is_some() {
+            if causal || window.is_some() {
                 let position = s.load(strip.position.add(j * S::LANES));
                 let oldest = s.sub(position, s.splat(window.map_or(f32::INFINITY, |w| (w - 1) as f32)));
                 for i in 0..n {
@@ -396,19 +408,84 @@ unsafe fn attend_tile<S: Simd>(
                     s.store(p, if a.spec.causal { s.select_lt(position, at, minus_inf, x) } else { x });
                 }
             }
-        }
-        if masked {
-            for lane in 0..strip.lanes {
-                if let Some(p) = masks(lane) {
-                    for i in 0..n {
-                        if *p.add(rows.start + i) == 0 {
-                            scores.add(i * width + lane).write(f32::NEG_INFINITY);
-                        }
+            let Some(mask) = mask else { continue };
+            for i0 in (0..n).step_by(S::LANES) {
+                let count = S::LANES.min(n - i0);
+                for lane in 0..S::LANES {
+                    let line = std::slice::from_raw_parts_mut(lines.add(lane * S::LANES), S::LANES);
+                    // Lanes without a query may see anything.
+                    line.fill(1.0);
+                    if let Some(p) = (j * S::LANES + lane < strip.lanes).then(|| mask(j * S::LANES + lane)).flatten() {
+                        let bytes = std::slice::from_raw_parts(p.add(rows.start + i0), count);
+                        line.iter_mut().zip(bytes).for_each(|(x, &b)| *x = if b == 0 { 0.0 } else { 1.0 });
                     }
+                }
+                let seen = lines.add(S::LANES * S::LANES);
+                s.transpose(lines, S::LANES, seen, S::LANES);
+                for i in 0..count {
+                    let p = c.add((i0 + i) * width);
+                    s.store(p, s.select_lt(s.load(seen.add(i * S::LANES)), s.splat(0.5), minus_inf, s.load(p)));
                 }
             }
         }
-        for j in 0..vectors {
+    }
+}
+
+/// Rows of the cache that a strip attends.
+struct Keys {
+    rows: Range<usize>,
+    /// The first of them.
+    k: *const f32,
+    stride: usize,
+    /// Of the first panel.
+    v: *const f32,
+    /// This strip's share of the memory that the next rows lie in.
+    next: *const u8,
+    /// Bytes of it for each dimension.
+    share: usize,
+}
+
+/// Scores, softmax and weighted values of one strip over some rows; `k_rest` takes the last rows of K where they are not whole register
+/// tiles.
+#[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
+#[inline(always)]
+unsafe fn attend_strip<S: Simd>(
+    s: S,
+    a: &Attention<'_>,
+    strip: &Strip,
+    keys: &Keys,
+    scores: *mut f32,
+    k_rest: *mut f32,
+    lines: *mut f32,
+    masks: &impl Fn(usize) -> Option<*const u8>,
+) {
+    let (d, rows, n) = (a.spec.head_dim, keys.rows.clone(), keys.rows.len());
+    let width = strip.vectors * S::LANES;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut masked = false;
+        if a.mask.is_some() {
+            let (any, all) = mask_census(strip.lanes, &rows, masks);
+            if !any {
+                return;
+            }
+            masked = !all;
+        }
+        for i in (0..n).step_by(S::QUERY_ROWS) {
+            let (mut k, mut stride) = (keys.k.add(i * keys.stride), keys.stride);
+            if i + S::QUERY_ROWS > n && a.cache.dtype == DType::F32 {
+                for j in 0..S::QUERY_ROWS {
+                    // Rows past the last are not this sequence's: the last one stands for them.
+                    std::ptr::copy_nonoverlapping(k.add(j.min(n - 1 - i) * stride), k_rest.add(j * d), d);
+                }
+                (k, stride) = (k_rest.cast_const(), d);
+            }
+            let c = scores.add(i * width);
+            let fetch = (k.wrapping_add(S::QUERY_ROWS * stride).cast(), 4 * S::QUERY_ROWS);
+            query_tile(s, strip.vectors, QueryTile { k: d, a: k, row_stride: Some(stride), b: strip.q, c, scale: None, fetch });
+        }
+        shape_scores(s, a, strip, &rows, scores, None, masked.then_some(masks), lines);
+        for j in 0..strip.vectors {
             let c = scores.add(j * S::LANES);
             let (m, l) = (strip.m.add(j * S::LANES), strip.l.add(j * S::LANES));
             let old = s.load(m);
@@ -424,124 +501,33 @@ unsafe fn attend_tile<S: Simd>(
             }
             let new = s.max(s.max(top[0], top[1]), s.max(top[2], top[3]));
             // A lane that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
-            let base = s.select_lt(minus_inf, new, new, s.splat(0.0));
-            let alpha = exp2(s, s.sub(old, base));
+            let base = s.select_lt(s.splat(f32::NEG_INFINITY), new, new, s.splat(0.0));
+            let alpha = exp2_at_most_128(s, s.sub(old, base));
             let mut sum = [s.splat(0.0); 4];
             for i in (0..fours).step_by(4) {
                 for (u, sum) in sum.iter_mut().enumerate() {
                     let p = c.add((i + u) * width);
-                    let x = exp2(s, s.sub(s.load(p), base));
+                    let x = exp2_at_most_128(s, s.sub(s.load(p), base));
                     s.store(p, x);
                     *sum = s.add(*sum, x);
                 }
             }
             for i in fours..n {
                 let p = c.add(i * width);
-                let x = exp2(s, s.sub(s.load(p), base));
+                let x = exp2_at_most_128(s, s.sub(s.load(p), base));
                 s.store(p, x);
                 sum[0] = s.add(sum[0], x);
             }
             let sum = s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]));
             s.store(l, s.fma(s.load(l), alpha, sum));
             s.store(m, new);
-            let unchanged = s.max_lane(s.select_lt(alpha, s.splat(1.0), s.splat(1.0), s.splat(0.0))) == 0.0;
-            if strip.started && !unchanged {
-                for i in 0..d {
-                    let o = strip.o.add(i * width + j * S::LANES);
-                    s.store(o, s.mul(s.load(o), alpha));
-                }
-            }
+            s.store(strip.alpha.add(j * S::LANES), alpha);
         }
-        let product = Tile {
-            k: n,
-            a: v,
-            a_stride: stride,
-            b: scores.cast_const(),
-            b_stride: width,
-            c: strip.o,
-            c_stride: width,
-            accumulate: true,
-        };
-        column::<S, f32, true>(s, d, vectors, product);
-    }
-}
-
-/// Normalises one query's result and writes it, or writes the part.
-/// # Safety
-/// `acc` holds D f32 and is writable; `r` and `head` lie within the block; nobody else writes this row and head.
-#[expect(clippy::too_many_arguments, reason = "the state of one query")]
-#[inline(always)]
-pub unsafe fn finish<S: Simd>(s: S, a: &Attention<'_>, head: usize, r: usize, part: usize, acc: *mut f32, m: f32, l: f32) {
-    let d = a.spec.head_dim;
-    // SAFETY: the caller's.
-    unsafe {
-        if !a.parts.is_null() {
-            let to = a.parts.add(((r * a.spec.heads + head) * a.most_parts + part) * (d + 2));
-            std::ptr::copy_nonoverlapping(acc, to, d);
-            to.add(d).write(m);
-            to.add(d + 1).write(l);
-            return;
-        }
-        let (factor, lse) = normalizer(m, l, a.sinks.map(|p| *p.add(head)));
-        let f = s.splat(factor);
-        for j in (0..d).step_by(S::LANES) {
-            let n = S::LANES.min(d - j);
-            // A row that saw nothing is 0 even where its accumulator holds NaN or ∞ from a poisoned value.
-            let x = if factor == 0.0 { s.splat(0.0) } else { s.mul(s.load_n(acc.add(j), n), f) };
-            s.store_n(acc.add(j), x, n);
-        }
-        store_row(s, a.out.dtype, acc, a.out.at(r, head * d), d);
-        if let Some(to) = a.lse {
-            to.add(r * a.spec.heads + head).write(lse);
-        }
-    }
-}
-
-/// What multiplies the accumulator of a query with maximum `m` (base 2) and sum `l`, and its natural log-sum-exp.
-#[inline(always)]
-fn normalizer(m: f32, l: f32, sink: Option<f32>) -> (f32, f32) {
-    if m == f32::NEG_INFINITY && l == 0.0 {
-        return (0.0, sink.unwrap_or(f32::NEG_INFINITY));
-    }
-    let sink = sink.map_or(f32::NEG_INFINITY, |x| x * LOG2_E);
-    let top = m.max(sink);
-    let share = (m - top).exp2();
-    let z = l * share + (sink - top).exp2();
-    (share / z, (top + z.log2()) / LOG2_E)
-}
-
-/// Merges the parts of every head of one row, in order.
-/// # Safety
-/// `a` describes valid memory with parts written by attention items; no other item merges this row; `scratch` holds D f32.
-#[inline(always)]
-pub unsafe fn merge_parts<S: Simd>(s: S, a: &Attention<'_>, row: usize, sequence: usize, scratch: *mut f32) {
-    let d = a.spec.head_dim;
-    // SAFETY: the caller's.
-    unsafe {
-        for head in 0..a.spec.heads {
-            let part = |p: usize| a.parts.add(((row * a.spec.heads + head) * a.most_parts + p) * (d + 2));
-            let count = a.parts_of(sequence);
-            let (mut m, mut l) = (f32::NEG_INFINITY, 0f32);
-            for p in 0..count {
-                m = m.max(*part(p).add(d));
-            }
-            for j in (0..d).step_by(S::LANES) {
-                s.store_n(scratch.add(j), s.splat(0.0), S::LANES.min(d - j));
-            }
-            for p in 0..count {
-                let from = part(p);
-                let (pm, pl) = (*from.add(d), *from.add(d + 1));
-                if pm == f32::NEG_INFINITY && pl == 0.0 {
-                    continue;
-                }
-                let share = (pm - m).exp2();
-                l += pl * share;
-                for j in (0..d).step_by(S::LANES) {
-                    let n = S::LANES.min(d - j);
-                    s.store_n(scratch.add(j), s.fma(s.load_n(from.add(j), n), s.splat(share), s.load_n(scratch.add(j), n)), n);
-                }
-            }
-            finish(s, &Attention { parts: std::ptr::null_mut(), ..*a }, head, row, 0, scratch, m, l);
+        for i in (0..d).step_by(S::QUERY_ROWS) {
+            let (a, c) = (keys.v.add(i * PANEL), strip.o.add(i * width));
+            let fetch = (keys.next.wrapping_add(i * keys.share), keys.share * S::QUERY_ROWS / n);
+            let scale = Some(strip.alpha.cast_const());
+            query_tile(s, strip.vectors, QueryTile { k: n, a, row_stride: None, b: scores, c, scale, fetch });
         }
     }
 }

@@ -5,6 +5,7 @@
 //! `row_tile` rows of one column tile (whole heads, for q, k and v) into a scratch tile, steps of [`STEP`] at a time so that a weight
 //! panel stays in first-level cache; with 120 rows that is 60 operations a weight byte, far above what memory needs.
 
+use half::bf16;
 use lawson_core::{DType, problem::RopeLayout};
 
 use super::{
@@ -13,13 +14,14 @@ use super::{
     rows::{CacheRows, Place, Rows, load_row, load_vector, places, store_row, with_elem},
     tile::{Tile, UNROLL, column_fetching},
 };
-use crate::simd::{Elem, Simd};
+use crate::simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Elem, Simd};
 
 /// Steps of k between visits to the scratch tile.
 pub const STEP: usize = 256;
 
 /// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of 2·LANES outputs, padded with
-/// zeros to whole panels; a panel holds its outputs of step 0, then of step 1 and so on.
+/// zeros to whole panels; a panel holds its outputs of step 0, then of step 1 and so on. For dot products k is padded with zeros to whole
+/// blocks and a panel holds the pairs of steps 0 and 1 of its outputs, then of steps 2 and 3 and so on.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights {
     /// First element.
@@ -32,16 +34,23 @@ pub struct Weights {
     pub k: usize,
     /// Outputs of a column tile, the last one may have fewer.
     pub tile_columns: usize,
+    /// Whether it is packed for dot products.
+    pub pairs: bool,
 }
 
 impl Weights {
+    /// Steps, padding included.
+    pub fn depth(&self) -> usize {
+        if self.pairs { self.k.next_multiple_of(DOT_STEPS) } else { self.k }
+    }
     /// Column tiles.
     pub fn tiles(&self) -> usize {
         self.n.div_ceil(self.tile_columns)
     }
 }
 
-/// Prologue: packs x as `[group of MR rows][k][rows of the group]`.
+/// Prologue: packs x as `[group of MR rows][k][rows of the group]`; for dot products, in bf16, as
+/// `[group of DOT_ROWS rows][block of k][rows of the group][DOT_STEPS]`.
 #[derive(Clone, Copy)]
 pub struct PackX {
     /// [T, k].
@@ -54,15 +63,21 @@ pub struct PackX {
     pub k: usize,
     /// Weight `[k]` and eps of the input norm.
     pub norm: Option<(*const f32, f64)>,
+    /// Whether it is packed for dot products.
+    pub pairs: bool,
     /// The packed x.
     pub packed: *mut f32,
 }
 
-/// Packs one group of MR rows.
+/// Packs one group of rows.
 /// # Safety
 /// `p` describes valid memory: x readable, packed writable as [rows, k]; no other item packs this group.
 #[inline(always)]
 pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
+    if p.pairs {
+        // SAFETY: the caller's.
+        return unsafe { pack_blocks(s, p, group) };
+    }
     let first = group * S::MR;
     let rows = S::MR.min(p.rows - first);
     let out = p.packed.wrapping_add(first * p.k);
@@ -92,6 +107,31 @@ pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
                 }
             }
             i += S::LANES;
+        }
+    }
+}
+
+/// [`pack_x`] for dot products.
+#[inline(always)]
+unsafe fn pack_blocks<S: Simd>(s: S, p: &PackX, group: usize) {
+    let first = group * S::DOT_ROWS;
+    let rows = S::DOT_ROWS.min(p.rows - first);
+    let out = p.packed.cast::<bf16>().wrapping_add(first * p.k.next_multiple_of(DOT_STEPS));
+    // SAFETY: the caller's: each row takes k up to whole blocks.
+    unsafe {
+        for r in 0..rows {
+            let x = p.x.at(p.first + first + r, 0);
+            let scale = s.splat(p.norm.map_or(1.0, |(_, eps)| inverse_rms(s, p.x.dtype, x, p.k, eps)));
+            for i in (0..p.k.next_multiple_of(DOT_STEPS)).step_by(S::LANES) {
+                let mut v = s.splat(0.0);
+                if i < p.k {
+                    v = load_vector(s, p.x.dtype, x, i, p.k);
+                    if let Some((weight, _)) = p.norm {
+                        v = s.mul(s.mul(v, scale), s.load_n(weight.add(i), S::LANES.min(p.k - i)));
+                    }
+                }
+                s.store_bf16(out.add((i / DOT_STEPS * rows + r) * DOT_STEPS + i % DOT_STEPS), v);
+            }
         }
     }
 }
@@ -210,10 +250,15 @@ pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) 
     let padded = columns.next_multiple_of(2 * S::LANES);
     // SAFETY: the caller's; offsets follow the packed layout.
     unsafe {
-        with_elem!(w.dtype, T => {
-            let start = w.start.cast::<T>().add(column_tile * w.tile_columns.next_multiple_of(2 * S::LANES) * w.k);
-            product::<S, T>(s, g.packed.add(row0 * w.k), rows, w.k, start, padded, scratch)
-        });
+        let skipped = column_tile * w.tile_columns.next_multiple_of(2 * S::LANES) * w.depth();
+        if w.pairs {
+            let x = g.packed.cast::<bf16>().add(row0 * w.depth());
+            dot_product(s, x.cast(), rows, w.depth() / DOT_STEPS, w.start.add(skipped * 2), padded, scratch);
+        } else {
+            with_elem!(w.dtype, T => {
+                product::<S, T>(s, g.packed.add(row0 * w.k), rows, w.k, w.start.cast::<T>().add(skipped), padded, scratch)
+            });
+        }
         if let Some(bias) = segment.bias {
             for r in 0..rows {
                 let c = scratch.add(r * padded);
@@ -298,6 +343,39 @@ unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, 
         }
         k0 += steps;
     }
+}
+
+/// [`product`] by dot products over `blocks` of k.
+#[inline(always)]
+unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w: *const u8, padded: usize, c: *mut f32) {
+    /// Blocks between visits to the scratch tile: two panels of B and a group of A stay in first-level cache.
+    const STEP_BLOCKS: usize = 8;
+    const PANEL_BLOCK: usize = DOT_STEPS * DOT_COLUMNS * 2;
+    let (mut state, panels) = (DotState::default(), padded / DOT_COLUMNS);
+    for block0 in (0..blocks).step_by(STEP_BLOCKS) {
+        let steps = STEP_BLOCKS.min(blocks - block0);
+        for pair in (0..panels).step_by(2) {
+            for r in (0..rows).step_by(S::DOT_ROWS) {
+                let n = S::DOT_ROWS.min(rows - r);
+                for panel in pair..panels.min(pair + 2) {
+                    let t = DotTile {
+                        rows: n,
+                        blocks: steps,
+                        a: x.wrapping_add((r * blocks + block0 * n) * DOT_STEPS * 2),
+                        row_stride: DOT_STEPS * 2,
+                        block_stride: n * DOT_STEPS * 2,
+                        b: w.wrapping_add((panel * blocks + block0) * PANEL_BLOCK),
+                        c: c.wrapping_add(r * padded + panel * DOT_COLUMNS),
+                        c_stride: padded,
+                        accumulate: block0 > 0,
+                    };
+                    // SAFETY: the packed layouts: blocks of n rows of x, blocks of the panel's columns.
+                    unsafe { s.dots(&mut state, &t) };
+                }
+            }
+        }
+    }
+    s.end_dots(state);
 }
 
 /// QK-norm, RoPE and the store of one head of one token.

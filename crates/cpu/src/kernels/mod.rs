@@ -2,8 +2,10 @@
 //!
 //! Each computes one work item, so that the parallel loop around it needs no target features.
 
+pub mod attention;
 pub mod attention_decode;
 pub mod attention_prefill;
+pub mod attention_prefill_bf16;
 pub mod gemm;
 pub mod norm;
 pub mod rope;

@@ -6,7 +6,7 @@
 use lawson_core::DType;
 
 use super::{
-    attention_prefill::{Attention, LOG2_E},
+    attention::{Attention, LOG2_E},
     rows::{CacheRows, load_row, store_row},
     tile::{Tile, column},
 };

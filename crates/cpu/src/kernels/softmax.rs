@@ -1,7 +1,7 @@
 //! Softmax of rows in memory. Four operations and an exponential an element; fused, a row is read from memory once and written once
 //! (8 bytes an element), in separate passes three times and twice.
 
-use super::attention_prefill::LOG2_E;
+use super::attention::LOG2_E;
 use crate::{math::exp2, simd::Simd};
 
 /// Greatest element; −∞ for none.

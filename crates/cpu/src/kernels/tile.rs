@@ -150,6 +150,106 @@ unsafe fn rows<S: Simd, B: Elem, const NV: usize, const ROWS_ADJACENT: bool, con
     }
 }
 
+/// Operands of one register tile of tiled attention.
+#[derive(Clone, Copy)]
+pub struct QueryTile {
+    /// Steps.
+    pub k: usize,
+    /// A.
+    pub a: *const f32,
+    /// Elements between rows of A, whose steps are adjacent; `None` where its rows are adjacent and `QUERY_ROWS` lie between steps.
+    pub row_stride: Option<usize>,
+    /// B, whose steps are `vectors`·LANES apart.
+    pub b: *const f32,
+    /// C, whose rows are `vectors`·LANES apart.
+    pub c: *mut f32,
+    /// `vectors`·LANES factors that each row of C is multiplied by and then added to; C is overwritten when `None`.
+    pub scale: Option<*const f32>,
+    /// Memory that is read next, and the bytes between what is fetched of it at each step.
+    pub fetch: (*const u8, usize),
+}
+
+/// C[QUERY_ROWS, vectors·LANES] = C · scale + A · B, with 1 to 3 vectors.
+///
+/// # Safety
+/// A is readable as [QUERY_ROWS, k], B as [k, vectors·LANES], C writable (and readable, when scaled) as [QUERY_ROWS, vectors·LANES].
+#[inline(always)]
+pub unsafe fn query_tile<S: Simd>(s: S, vectors: usize, t: QueryTile) {
+    macro_rules! by_vectors {
+        ($rows:literal) => {
+            match (vectors, t.row_stride) {
+                (3, None) => query_rows::<S, $rows, 3, true>(s, t),
+                (3, Some(_)) => query_rows::<S, $rows, 3, false>(s, t),
+                (2, None) => query_rows::<S, $rows, 2, true>(s, t),
+                (2, Some(_)) => query_rows::<S, $rows, 2, false>(s, t),
+                (_, None) => query_rows::<S, $rows, 1, true>(s, t),
+                (_, Some(_)) => query_rows::<S, $rows, 1, false>(s, t),
+            }
+        };
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match S::QUERY_ROWS {
+            8 => by_vectors!(8),
+            4 => by_vectors!(4),
+            _ => unreachable!("an instruction set has 4 or 8 rows"),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn query_rows<S: Simd, const M: usize, const NV: usize, const ROWS_ADJACENT: bool>(s: S, t: QueryTile) {
+    let stride = t.row_stride.unwrap_or(M);
+    let mut acc = [[s.splat(0.0); NV]; M];
+    let (mut a, mut b, (mut near, near_step)) = (t.a, t.b, t.fetch);
+    // SAFETY: the caller's: every pointer read or written stays within A [M, k], B [k, NV·LANES] or C [M, NV·LANES].
+    unsafe {
+        macro_rules! step {
+            ($u:literal) => {
+                let mut bv = [s.splat(0.0); NV];
+                for (j, v) in bv.iter_mut().enumerate() {
+                    *v = s.load(b.add(($u * NV + j) * S::LANES));
+                }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let a = s.splat(*a.add(if ROWS_ADJACENT { $u * M + i } else { i * stride + $u }));
+                    for (v, bv) in row.iter_mut().zip(bv) {
+                        *v = s.fma(a, bv, *v);
+                    }
+                }
+            };
+        }
+        for _ in 0..t.k / 2 {
+            if ROWS_ADJACENT {
+                s.fetch(near)
+            } else {
+                s.fetch_near(near)
+            }
+            near = near.wrapping_add(2 * near_step);
+            step!(0);
+            step!(1);
+            a = a.wrapping_add(if ROWS_ADJACENT { 2 * M } else { 2 });
+            b = b.wrapping_add(2 * NV * S::LANES);
+        }
+        if t.k % 2 == 1 {
+            step!(0);
+        }
+        if let Some(scale) = t.scale {
+            for (j, scale) in (0..NV).map(|j| (j, s.load(scale.add(j * S::LANES)))) {
+                for (i, row) in acc.iter().enumerate() {
+                    let c = t.c.add((i * NV + j) * S::LANES);
+                    s.store(c, s.fma(s.load(c), scale, row[j]));
+                }
+            }
+        } else {
+            for (i, row) in acc.iter().enumerate() {
+                for (j, v) in row.iter().enumerate() {
+                    s.store(t.c.add((i * NV + j) * S::LANES), *v);
+                }
+            }
+        }
+    }
+}
+
 /// `rounds` × 64 × 2 × LANES operations in independent chains: what the FMA ports can do when nothing else is asked of them.
 #[inline(always)]
 pub fn fma_probe<S: Simd>(s: S, rounds: usize) -> f32 {

@@ -43,6 +43,7 @@ macro_rules! ops {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     const MR: usize = 6;
+    const QUERY_ROWS: usize = 4;
     type F = __m256;
 
     ops! {
@@ -54,7 +55,10 @@ impl Simd for Avx2 {
         max(a, b) => _mm256_max_ps(a, b);
         min(a, b) => _mm256_min_ps(a, b);
         round(v) => _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
-        pow2(n) => _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127))));
+        scale2(v, n) => {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+        };
         select_lt(a, b, yes, no) => _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b));
         copysign(v, sign) => {
             let bit = _mm256_set1_ps(-0.0);
@@ -126,6 +130,31 @@ impl Simd for Avx2 {
     unsafe fn store_f16(self, p: *mut f16, v: __m256) {
         // SAFETY: the caller's; 8 × 2 bytes are written.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's: 8 rows of 8 elements each. Fours of rows are interleaved within 128 bits, then halves change places.
+        unsafe {
+            // Closures would be compiled without the token's features.
+            let mut fours = [[_mm256_setzero_ps(); 4]; 2];
+            for (i, four) in fours.iter_mut().enumerate() {
+                let src = src.add(4 * i * src_stride);
+                let (a, b) = (_mm256_loadu_ps(src), _mm256_loadu_ps(src.add(src_stride)));
+                let (c, d) = (_mm256_loadu_ps(src.add(2 * src_stride)), _mm256_loadu_ps(src.add(3 * src_stride)));
+                let (ab, cd) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d)));
+                let (ab2, cd2) = (_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+                *four = [
+                    _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+                    _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)),
+                    _mm256_castpd_ps(_mm256_unpacklo_pd(ab2, cd2)),
+                    _mm256_castpd_ps(_mm256_unpackhi_pd(ab2, cd2)),
+                ];
+            }
+            for (j, (&a, &b)) in fours[0].iter().zip(&fours[1]).enumerate() {
+                _mm256_storeu_ps(dst.add(j * dst_stride), _mm256_permute2f128_ps::<0x20>(a, b));
+                _mm256_storeu_ps(dst.add((4 + j) * dst_stride), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
     }
     #[inline(always)]
     fn sum(self, v: __m256) -> f32 {

@@ -1,22 +1,116 @@
 //! 512-bit vectors.
 
 use core::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{DOT_STEPS, DotState, DotTile, Simd};
 
-/// Proves that the processor has AVX-512 F, BW, DQ and VL, and all that [`super::avx2::Avx2`] proves.
+/// Proves that the processor has AVX-512 F, BW, DQ and VL, all that [`super::avx2::Avx2`] proves, and what `D` multiplies bf16 with.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512(());
+pub struct Avx512<D = Widened>(PhantomData<D>);
 
-impl Avx512 {
+impl<D: Dots> Avx512<D> {
     /// The token.
     /// # Safety
-    /// The processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
+    /// The processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C, and what `D` asks for.
     #[inline(always)]
     pub unsafe fn new_unchecked() -> Self {
-        Avx512(())
+        Avx512(PhantomData)
+    }
+}
+
+/// How 512-bit kernels multiply bf16.
+pub trait Dots: Copy + Send + Sync + 'static {
+    /// [`Simd::DOT_ROWS`].
+    const ROWS: usize;
+    /// [`Simd::dots`].
+    /// # Safety
+    /// As there; the processor has what `Self` asks for.
+    unsafe fn dots(state: &mut DotState, t: &DotTile);
+    /// [`Simd::end_dots`].
+    fn end(state: DotState);
+}
+
+/// As f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Widened;
+
+impl Dots for Widened {
+    const ROWS: usize = 0;
+    unsafe fn dots(_: &mut DotState, _: &DotTile) {
+        unreachable!("no dot products on this instruction set")
+    }
+    fn end(_: DotState) {}
+}
+
+/// In pairs, by `vdpbf16ps`. The processor has AVX-512 BF16.
+#[derive(Clone, Copy, Debug)]
+pub struct Pairs;
+
+impl Dots for Pairs {
+    const ROWS: usize = 12;
+
+    #[inline(always)]
+    unsafe fn dots(_: &mut DotState, t: &DotTile) {
+        let mut i = 0;
+        while i < t.rows {
+            let a = t.a.wrapping_add(i * t.row_stride);
+            let t = DotTile { rows: t.rows - i, a, c: t.c.wrapping_add(i * t.c_stride), ..*t };
+            macro_rules! largest {
+                ($($rows:literal),*) => {
+                    match t.rows {
+                        // SAFETY: rows i .. i + $rows of A and C lie within what the caller vouches for.
+                        $(left if $rows <= left => unsafe {
+                            pair_tile::<$rows>(&t);
+                            i += $rows;
+                        },)*
+                        _ => unreachable!("1 row always fits"),
+                    }
+                };
+            }
+            largest!(12, 8, 4, 2, 1);
+        }
+    }
+    fn end(_: DotState) {}
+}
+
+/// Whether `vdpbf16ps` multiplies more than an f32 FMA: twice as much on AMD's processors, half as much on Intel's.
+pub fn pairs_are_fast() -> bool {
+    #[allow(unused_unsafe, reason = "safe since Rust 1.92")]
+    // SAFETY: every x86-64 processor has CPUID.
+    let id = unsafe { __cpuid(0) };
+    // "GenuineIntel"
+    [id.ebx, id.edx, id.ecx] != [0x756e_6547, 0x4965_6e69, 0x6c65_746e]
+}
+
+/// `M` rows of a tile: M · 2 accumulators; a step multiplies two steps of k.
+#[inline(always)]
+unsafe fn pair_tile<const M: usize>(t: &DotTile) {
+    // SAFETY: the caller's, as [`Simd::dots`]; the processor has AVX-512 BF16.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 2]; M];
+        let (mut a, mut b) = (t.a, t.b);
+        for _ in 0..t.blocks {
+            for pair in 0..DOT_STEPS / 2 {
+                let b0: __m512bh = core::mem::transmute(_mm512_loadu_si512(b.add(pair * 128).cast()));
+                let b1: __m512bh = core::mem::transmute(_mm512_loadu_si512(b.add(pair * 128 + 64).cast()));
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let a = a.add(i * t.row_stride + pair * 4).cast::<i32>().read_unaligned();
+                    let a: __m512bh = core::mem::transmute(_mm512_set1_epi32(a));
+                    *acc = [_mm512_dpbf16_ps(acc[0], a, b0), _mm512_dpbf16_ps(acc[1], a, b1)];
+                }
+            }
+            a = a.wrapping_add(t.block_stride);
+            b = b.wrapping_add(DOT_STEPS / 2 * 128);
+        }
+        for (i, acc) in acc.iter().enumerate() {
+            for (j, &v) in acc.iter().enumerate() {
+                let c = t.c.add(i * t.c_stride + 16 * j);
+                _mm512_storeu_ps(c, if t.accumulate { _mm512_add_ps(_mm512_loadu_ps(c), v) } else { v });
+            }
+        }
     }
 }
 
@@ -37,9 +131,11 @@ macro_rules! ops {
     )*};
 }
 
-impl Simd for Avx512 {
+impl<D: Dots> Simd for Avx512<D> {
     const LANES: usize = 16;
     const MR: usize = 12;
+    const QUERY_ROWS: usize = 8;
+    const DOT_ROWS: usize = D::ROWS;
     type F = __m512;
 
     ops! {
@@ -51,7 +147,7 @@ impl Simd for Avx512 {
         max(a, b) => _mm512_max_ps(a, b);
         min(a, b) => _mm512_min_ps(a, b);
         round(v) => _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
-        pow2(n) => _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127))));
+        scale2(v, n) => _mm512_scalef_ps(v, n);
         select_lt(a, b, yes, no) => _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes);
         copysign(v, sign) => {
             let bit = _mm512_set1_ps(-0.0);
@@ -60,6 +156,39 @@ impl Simd for Avx512 {
         swap_pairs(v) => _mm512_permute_ps::<0b10_11_00_01>(v);
     }
 
+    #[inline(always)]
+    unsafe fn dots(self, state: &mut DotState, t: &DotTile) {
+        // SAFETY: the caller's; the token proves what D asks for.
+        unsafe { D::dots(state, t) }
+    }
+    #[inline(always)]
+    fn end_dots(self, state: DotState) {
+        D::end(state);
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut u8, even: __m512, odd: __m512) {
+        // SAFETY: the caller's; every token with dot products proves AVX-512 BF16. Word 2i is element i, word 2i + 1 element 16 + i.
+        unsafe {
+            let both: __m512i = core::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+            let order = _mm512_add_epi32(
+                _mm512_set1_epi32(0x0010_0000),
+                _mm512_mullo_epi32(
+                    _mm512_set1_epi32(0x0001_0001),
+                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                ),
+            );
+            _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(order, both));
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_rows(self, p: *mut u8, even: *const bf16, odd: *const bf16) {
+        // SAFETY: the caller's; 16 × 2 bytes are read from each row.
+        unsafe {
+            let even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.cast()));
+            let odd = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.cast())));
+            _mm512_storeu_si512(p.cast(), _mm512_or_si512(even, odd));
+        }
+    }
     #[inline(always)]
     fn fetch(self, p: *const u8) {
         // SAFETY: a prefetch of any address is harmless; SSE is part of x86-64.
@@ -121,6 +250,38 @@ impl Simd for Avx512 {
     unsafe fn store_f16(self, p: *mut f16, v: __m512) {
         // SAFETY: the caller's; 16 × 2 bytes are written.
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's: 16 rows of 16 elements each. Pairs, then fours of rows are interleaved within 128 bits, then those
+        // quarters change places.
+        unsafe {
+            // Closures would be compiled without the token's features.
+            let mut fours = [[_mm512_setzero_ps(); 4]; 4];
+            for (i, four) in fours.iter_mut().enumerate() {
+                let src = src.add(4 * i * src_stride);
+                let (a, b) = (_mm512_loadu_ps(src), _mm512_loadu_ps(src.add(src_stride)));
+                let (c, d) = (_mm512_loadu_ps(src.add(2 * src_stride)), _mm512_loadu_ps(src.add(3 * src_stride)));
+                let (ab, cd) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
+                let (ab2, cd2) = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+                *four = [
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)),
+                ];
+            }
+            let [a, b, c, d] = fours;
+            for (j, (((a, b), c), d)) in a.into_iter().zip(b).zip(c).zip(d).enumerate() {
+                let (ab, cd) = (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d));
+                let (ab2, cd2) = (_mm512_shuffle_f32x4::<0b11_01_11_01>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d));
+                let dst = dst.add(j * dst_stride);
+                _mm512_storeu_ps(dst, _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd));
+                _mm512_storeu_ps(dst.add(4 * dst_stride), _mm512_shuffle_f32x4::<0b10_00_10_00>(ab2, cd2));
+                _mm512_storeu_ps(dst.add(8 * dst_stride), _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd));
+                _mm512_storeu_ps(dst.add(12 * dst_stride), _mm512_shuffle_f32x4::<0b11_01_11_01>(ab2, cd2));
+            }
+        }
     }
     #[inline(always)]
     fn sum(self, v: __m512) -> f32 {

@@ -4,6 +4,8 @@
 //! inside a function with the matching `#[target_feature]`.
 
 #[cfg(target_arch = "x86_64")]
+pub mod amx;
+#[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
@@ -11,12 +13,54 @@ pub mod portable;
 
 use half::{bf16, f16};
 
+/// Steps of k of a block of bf16 dot products.
+pub const DOT_STEPS: usize = 32;
+/// Columns of a tile of bf16 dot products, and of a panel of B.
+pub const DOT_COLUMNS: usize = 32;
+
+/// Operands of a tile of bf16 dot products: C[rows, DOT_COLUMNS] (+)= A[rows, k] · B[k, DOT_COLUMNS], k in blocks of [`DOT_STEPS`].
+///
+/// A's rows hold the steps of a block side by side. B holds pairs of steps: for each pair, the two elements of every column side by
+/// side, so that a block is [16 pairs, DOT_COLUMNS, 2].
+#[derive(Clone, Copy)]
+pub struct DotTile {
+    /// Rows, 1 to the instruction set's `DOT_ROWS`.
+    pub rows: usize,
+    /// Blocks of k, at least 1.
+    pub blocks: usize,
+    /// A.
+    pub a: *const u8,
+    /// Bytes between rows of A.
+    pub row_stride: usize,
+    /// Bytes between blocks of A.
+    pub block_stride: usize,
+    /// B.
+    pub b: *const u8,
+    /// C.
+    pub c: *mut f32,
+    /// Elements between rows of C.
+    pub c_stride: usize,
+    /// Whether C is added to.
+    pub accumulate: bool,
+}
+
+/// What a thread keeps between tiles of dot products of one work item.
+#[derive(Default)]
+pub struct DotState {
+    /// Rows that tile registers are configured for.
+    rows: usize,
+}
+
 /// A token of an instruction set; holding one proves that the processor has it.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// f32 elements of a vector.
     const LANES: usize;
     /// Rows of the register tile: `MR` × 2 accumulators, two vectors and a broadcast fit the register file.
     const MR: usize;
+    /// Rows of the register tile of tiled attention: `QUERY_ROWS` × 3 accumulators, three vectors and a broadcast fit the register file.
+    const QUERY_ROWS: usize;
+    /// Most rows of a tile of bf16 dot products; 0 where there are none and kernels widen bf16 to f32.
+    const DOT_ROWS: usize = 0;
     /// `LANES` f32.
     type F: Copy;
 
@@ -55,6 +99,28 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// As [`Simd::store`].
     unsafe fn store_f16(self, p: *mut f16, v: Self::F);
 
+    /// A tile of dot products, accumulated in f32. Call [`Simd::end_dots`] after the last of an item.
+    /// # Safety
+    /// A is readable as [rows, blocks · DOT_STEPS] bf16, B as [blocks · DOT_STEPS, DOT_COLUMNS] bf16, C writable (and readable, when
+    /// accumulating) as [rows, DOT_COLUMNS]. `DOT_ROWS` is not 0.
+    unsafe fn dots(self, _state: &mut DotState, _t: &DotTile) {
+        unreachable!("no dot products on this instruction set")
+    }
+    /// Gives tile registers back.
+    fn end_dots(self, _state: DotState) {}
+    /// Stores `LANES` pairs (even, odd) of bf16, rounded to nearest even.
+    /// # Safety
+    /// `p` is valid for writing 4 · `LANES` bytes. `DOT_ROWS` is not 0.
+    unsafe fn store_pairs(self, _p: *mut u8, _even: Self::F, _odd: Self::F) {
+        unreachable!("no dot products on this instruction set")
+    }
+    /// Stores `LANES` pairs of one element from each of two rows of bf16.
+    /// # Safety
+    /// `even` and `odd` are valid for reading `LANES` elements, `p` for writing 4 · `LANES` bytes. `DOT_ROWS` is not 0.
+    unsafe fn pair_rows(self, _p: *mut u8, _even: *const bf16, _odd: *const bf16) {
+        unreachable!("no dot products on this instruction set")
+    }
+
     /// Asks for the cache line at `p`, which may be any address, in second-level cache.
     fn fetch(self, p: *const u8);
     /// Asks for the cache line at `p`, which may be any address, in first-level cache.
@@ -75,14 +141,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// Rounded to the nearest integer, ties to even; |v| < 2²².
     fn round(self, v: Self::F) -> Self::F;
-    /// 2ⁿ for integers n in −127 ..= 128; −127 gives 0 and 128 gives ∞. NaN gives anything.
-    fn pow2(self, n: Self::F) -> Self::F;
+    /// v · 2ⁿ for v in ½ ..= 2 and integers n in −126 ..= 128; n = 128 may give ∞ where v < 1 too. NaN gives NaN.
+    fn scale2(self, v: Self::F, n: Self::F) -> Self::F;
     /// `yes` where a < b, else `no`.
     fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
     /// |v| with the sign of `sign`.
     fn copysign(self, v: Self::F, sign: Self::F) -> Self::F;
     /// Lanes 2i and 2i + 1 exchanged.
     fn swap_pairs(self, v: Self::F) -> Self::F;
+    /// Transposes a square of `LANES` × `LANES` elements of 32 bits.
+    /// # Safety
+    /// `src` is readable and `dst` writable as `LANES` rows of `LANES` elements, `src_stride` and `dst_stride` apart; they do not overlap.
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
     /// Sum of all lanes, in a fixed order.
     fn sum(self, v: Self::F) -> f32;
     /// Greatest lane; NaN is not reliably kept.

@@ -19,6 +19,7 @@ fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 impl Simd for Portable {
     const LANES: usize = N;
     const MR: usize = 6;
+    const QUERY_ROWS: usize = 4;
     type F = V;
 
     #[inline(always)]
@@ -110,8 +111,8 @@ impl Simd for Portable {
         v.map(|x| (x + MAGIC) - MAGIC)
     }
     #[inline(always)]
-    fn pow2(self, n: V) -> V {
-        n.map(|x| f32::from_bits(((x as i32 + 127) << 23) as u32))
+    fn scale2(self, v: V, n: V) -> V {
+        zip(v, n, |v, n| v * f32::from_bits(((n as i32 + 127) << 23) as u32))
     }
     #[inline(always)]
     fn select_lt(self, a: V, b: V, yes: V, no: V) -> V {
@@ -124,6 +125,15 @@ impl Simd for Portable {
     #[inline(always)]
     fn swap_pairs(self, v: V) -> V {
         [v[1], v[0], v[3], v[2]]
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        for i in 0..N {
+            for j in 0..N {
+                // SAFETY: the caller's: i and j stay below N.
+                unsafe { dst.add(j * dst_stride + i).write(src.add(i * src_stride + j).read()) };
+            }
+        }
     }
     #[inline(always)]
     fn sum(self, v: V) -> f32 {
