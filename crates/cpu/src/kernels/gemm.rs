@@ -16,6 +16,9 @@ use super::{
 };
 use crate::simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Elem, Simd};
 
+/// Bytes of x that stay in second-level cache beside the weights that are streamed through it.
+const SMALL_X: usize = 512 << 10;
+
 /// Steps of k between visits to the scratch tile.
 pub const STEP: usize = 256;
 
@@ -304,17 +307,22 @@ pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) 
 unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, w: *const T, padded: usize, c: *mut f32) {
     let width = 2 * S::LANES;
     let (panels, groups) = (padded / width, rows.div_ceil(S::MR));
-    let mut k0 = 0;
-    while k0 < k {
-        let steps = STEP.min(k - k0);
-        for panel in 0..panels {
+    let depths = k.div_ceil(STEP);
+    // Where all of x stays in second-level cache each panel is read from end to end, as it lies in memory.
+    let streams = rows * k * 4 <= SMALL_X;
+    let (outer, inner) = if streams { (panels, depths) } else { (depths, panels) };
+    for i in 0..outer {
+        for j in 0..inner {
+            let (panel, k0) = if streams { (i, j * STEP) } else { (j, i * STEP) };
+            let steps = STEP.min(k - k0);
             let column0 = panel * width;
             let b = w.wrapping_add(column0 * k + k0 * width);
-            // The next panel, the next steps of the first one, or the tile that follows.
-            let next = match (panel + 1 < panels, k0 + steps < k) {
-                (true, _) => b.wrapping_add(k * width),
-                (false, true) => w.wrapping_add((k0 + steps) * width),
-                (false, false) => w.wrapping_add(padded * k),
+            // What follows here, the next panel, the next steps of the first one, or the tile that follows.
+            let next = match (streams, panel + 1 < panels, k0 + steps < k) {
+                (true, _, _) => b.wrapping_add(steps * width),
+                (false, true, _) => b.wrapping_add(k * width),
+                (false, false, true) => w.wrapping_add((k0 + steps) * width),
+                (false, false, false) => w.wrapping_add(padded * k),
             };
             let b_share = (UNROLL * width * size_of::<T>()).div_ceil(groups);
             for group in 0..groups {
@@ -341,7 +349,6 @@ unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, 
                 unsafe { column_fetching::<S, T>(s, n, t, fetch) };
             }
         }
-        k0 += steps;
     }
 }
 
@@ -352,9 +359,13 @@ unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w
     const STEP_BLOCKS: usize = 8;
     const PANEL_BLOCK: usize = DOT_STEPS * DOT_COLUMNS * 2;
     let (mut state, panels) = (DotState::default(), padded / DOT_COLUMNS);
-    for block0 in (0..blocks).step_by(STEP_BLOCKS) {
-        let steps = STEP_BLOCKS.min(blocks - block0);
-        for pair in (0..panels).step_by(2) {
+    let (pairs, depths) = (panels.div_ceil(2), blocks.div_ceil(STEP_BLOCKS));
+    let streams = rows * blocks * DOT_STEPS * 2 <= SMALL_X;
+    let (outer, inner) = if streams { (pairs, depths) } else { (depths, pairs) };
+    for i in 0..outer {
+        for j in 0..inner {
+            let (pair, block0) = if streams { (2 * i, j * STEP_BLOCKS) } else { (2 * j, i * STEP_BLOCKS) };
+            let steps = STEP_BLOCKS.min(blocks - block0);
             for r in (0..rows).step_by(S::DOT_ROWS) {
                 let n = S::DOT_ROWS.min(rows - r);
                 for panel in pair..panels.min(pair + 2) {

@@ -80,7 +80,13 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
         }
         let mut near = if ROWS_ADJACENT { a.wrapping_add(2 * M - 1) } else { a.wrapping_add(M * t.a_stride) };
         for _ in 0..t.k - unrolled * UNROLL {
-            if !FETCH && M == S::MR {
+            if FETCH {
+                s.fetch(weights.0);
+                if NV * S::LANES * size_of::<B>() > 64 {
+                    s.fetch(weights.0.wrapping_add(64));
+                }
+                weights.0 = weights.0.wrapping_add(weights.1.div_ceil(UNROLL));
+            } else if M == S::MR {
                 // The rows of A that the next tile reads.
                 s.fetch_near(near.cast());
                 near = near.wrapping_add(if ROWS_ADJACENT { t.a_stride } else { LINE });

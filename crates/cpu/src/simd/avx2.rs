@@ -108,6 +108,15 @@ impl Simd for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
     }
     #[inline(always)]
+    unsafe fn load_even_odd(self, p: *const bf16) -> [__m256; 2] {
+        // SAFETY: the caller's; 16 × 2 bytes are read.
+        unsafe {
+            let both = _mm256_loadu_si256(p.cast());
+            let odd = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)), _mm256_castsi256_ps(odd)]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m256 {
         // SAFETY: the caller's; 8 × 2 bytes are read.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
@@ -163,6 +172,16 @@ impl Simd for Avx2 {
             let half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
             _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+        }
+    }
+    #[inline(always)]
+    fn sum_each(self, v: &[__m256; 16]) -> __m256 {
+        // SAFETY: the token proves AVX2. Sums of twos, then of fours within 128 bits; then those halves are summed.
+        unsafe {
+            let (ab, cd) = (_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+            let (ef, gh) = (_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+            let (a, b) = (_mm256_hadd_ps(ab, cd), _mm256_hadd_ps(ef, gh));
+            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
         }
     }
     #[inline(always)]

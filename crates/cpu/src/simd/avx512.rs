@@ -230,6 +230,15 @@ impl<D: Dots> Simd for Avx512<D> {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
     }
     #[inline(always)]
+    unsafe fn load_even_odd(self, p: *const bf16) -> [__m512; 2] {
+        // SAFETY: the caller's; 32 × 2 bytes are read.
+        unsafe {
+            let both = _mm512_loadu_si512(p.cast());
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m512 {
         // SAFETY: the caller's; 16 × 2 bytes are read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
@@ -287,6 +296,24 @@ impl<D: Dots> Simd for Avx512<D> {
     fn sum(self, v: __m512) -> f32 {
         // SAFETY: the token proves AVX-512 F.
         unsafe { _mm512_reduce_add_ps(v) }
+    }
+    #[inline(always)]
+    fn sum_each(self, v: &[__m512; 16]) -> __m512 {
+        // SAFETY: the token proves AVX-512 F. Sums of twos, then of fours within 128 bits; then those quarters are summed.
+        unsafe {
+            let mut fours = [_mm512_setzero_ps(); 4];
+            for (four, v) in fours.iter_mut().zip(v.chunks_exact(4)) {
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+                *four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+            }
+            let [a, b, c, d] = fours;
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
+        }
     }
     #[inline(always)]
     fn max_lane(self, v: __m512) -> f32 {

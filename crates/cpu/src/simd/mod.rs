@@ -86,6 +86,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load_bf16(self, p: *const bf16) -> Self::F;
+    /// Loads 2 · `LANES` bf16: those at even places, and those at odd ones.
+    /// # Safety
+    /// `p` is valid for reading 2 · `LANES` elements.
+    unsafe fn load_even_odd(self, p: *const bf16) -> [Self::F; 2];
     /// Loads `LANES` f16.
     /// # Safety
     /// As [`Simd::load`].
@@ -155,6 +159,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
     /// Sum of all lanes, in a fixed order.
     fn sum(self, v: Self::F) -> f32;
+    /// Lane i holds the sum of all lanes of `v[i]`, in a fixed order; what is behind the first `LANES` of `v` is not read.
+    fn sum_each(self, v: &[Self::F; 16]) -> Self::F;
     /// Greatest lane; NaN is not reliably kept.
     fn max_lane(self, v: Self::F) -> f32;
 }
@@ -169,6 +175,16 @@ pub trait Elem: Copy + Send + Sync + 'static {
     /// # Safety
     /// As [`Simd::store`].
     unsafe fn store<S: Simd>(s: S, p: *mut Self, v: S::F);
+    /// Whether [`Elem::load_two`] gives elements at even places and at odd ones, not halves.
+    const EVEN_ODD: bool = false;
+    /// Loads 2 · `LANES` elements, in the order that costs least.
+    /// # Safety
+    /// `p` is valid for reading 2 · `LANES` elements.
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(s: S, p: *const Self) -> [S::F; 2] {
+        // SAFETY: the caller's.
+        unsafe { [Self::load(s, p), Self::load(s, p.add(S::LANES))] }
+    }
     /// As f32.
     fn to_f32(self) -> f32;
     /// Rounded to nearest even.
@@ -235,8 +251,9 @@ impl Elem for f32 {
 }
 
 macro_rules! half_elem {
-    ($t:ty, $load:ident, $store:ident) => {
+    ($t:ty, $load:ident, $store:ident $(, $two:item, $even_odd:item)?) => {
         impl Elem for $t {
+            $($two $even_odd)?
             #[inline(always)]
             unsafe fn load<S: Simd>(s: S, p: *const $t) -> S::F {
                 // SAFETY: the caller's.
@@ -258,5 +275,15 @@ macro_rules! half_elem {
         }
     };
 }
-half_elem!(bf16, load_bf16, store_bf16);
+half_elem!(
+    bf16,
+    load_bf16,
+    store_bf16,
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(s: S, p: *const bf16) -> [S::F; 2] {
+        // SAFETY: the caller's.
+        unsafe { s.load_even_odd(p) }
+    },
+    const EVEN_ODD: bool = true;
+);
 half_elem!(f16, load_f16, store_f16);

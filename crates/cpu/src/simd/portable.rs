@@ -58,6 +58,11 @@ impl Simd for Portable {
         std::array::from_fn(|i| unsafe { p.add(i).read() }.to_f32())
     }
     #[inline(always)]
+    unsafe fn load_even_odd(self, p: *const bf16) -> [V; 2] {
+        // SAFETY: the caller's; 2i + odd stays below 2 · N.
+        [0, 1].map(|odd| std::array::from_fn(|i| unsafe { p.add(2 * i + odd).read() }.to_f32()))
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> V {
         // SAFETY: the caller's.
         std::array::from_fn(|i| unsafe { p.add(i).read() }.to_f32())
@@ -138,6 +143,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn sum(self, v: V) -> f32 {
         (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
+    fn sum_each(self, v: &[V; 16]) -> V {
+        std::array::from_fn(|i| self.sum(v[i]))
     }
     #[inline(always)]
     fn max_lane(self, v: V) -> f32 {
