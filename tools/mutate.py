@@ -5,6 +5,8 @@
     tools/mutate.py mask rope   only those whose name contains one of the words
     tools/mutate.py --check     only that every old text still occurs exactly once
 
+A mutation with `needs` is only noticed on a processor with that feature of /proc/cpuinfo, and is passed over elsewhere.
+
 Needs Python 3.11 and cargo. The copy keeps its build between mutations in LAWSON_MUTATE_TARGET, or in the temporary folder.
 """
 import os
@@ -19,6 +21,8 @@ import tomllib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIST = ROOT / "tools" / "mutations.toml"
 KEYS = {"name", "file", "old", "new", "test"}
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.is_file() else set()
 LIMIT = 1800  # seconds for one test run: a mutation may hang it, which counts as noticed
 
 
@@ -26,8 +30,8 @@ def load():
     mutations = tomllib.loads(LIST.read_text())["mutation"]
     wrong = []
     for i, m in enumerate(mutations, 1):
-        if m.keys() != KEYS:
-            wrong.append(f"mutation {i} has the keys {', '.join(sorted(m))}; it needs {', '.join(sorted(KEYS))}")
+        if m.keys() - {"needs"} != KEYS:
+            wrong.append(f"mutation {i} has the keys {', '.join(sorted(m))}; it needs {', '.join(sorted(KEYS))}, and may have needs")
             continue
         path = ROOT / m["file"]
         found = path.read_text().count(m["old"]) if path.is_file() else -1
@@ -74,6 +78,10 @@ def main(words):
     chosen = [m for m in mutations if not words or any(w in m["name"] for w in words)]
     if not chosen:
         sys.exit(f"no mutation's name contains {' or '.join(words)}")
+    for m in chosen:
+        if m.get("needs", "") not in FEATURES | {""}:
+            print(f"cannot be tried here, needs {m['needs']}: {m['name']}")
+    chosen = [m for m in chosen if m.get("needs", "") in FEATURES | {""}]
     survivors = []
     with tempfile.TemporaryDirectory(prefix="lawson-mutate-") as folder:
         tree = pathlib.Path(folder) / "tree"

@@ -19,9 +19,11 @@ pub trait Scratch {
     fn other(&self, problem: &BlockProblem) -> usize;
 }
 
-/// Tokens of a row block at `maximal`: enough rows to pay for streaming the weights, few enough that q and the attention's
-/// result stay in cache.
-const ROW_BLOCK: usize = 256;
+/// Tokens of a row block at `maximal`: enough rows to pay for streaming the weights, few enough that q and the attention's result stay
+/// in cache. Narrower elements multiply faster and take less room.
+const fn row_block(dtype: DType) -> usize {
+    1024 / dtype.size()
+}
 /// Rows and columns that a GEMM's work item has at most, some padding aside.
 const GEMM_TILE: usize = 256;
 /// Queries of an attention's work item, the heads of a group together: they share the packing of K and V.
@@ -204,8 +206,14 @@ impl Draft<'_> {
         let rows = self.rows();
         match name {
             BufferName::H => (rows * p.spec.hidden_size, p.dtype),
-            // Dot products take x in whole blocks of 32 columns.
-            BufferName::Packed => (rows * p.spec.hidden_size.max(a.q_dim()).next_multiple_of(32), DType::F32),
+            BufferName::Packed => {
+                let width = p.spec.hidden_size.max(a.q_dim());
+                match find(self.planner.kernels, KernelOp::Gemm, p.dtype) {
+                    // Dot products take x as it is, in whole blocks of 32 columns.
+                    Some(k) if k.dtypes == [p.dtype] => (rows * width.next_multiple_of(32), p.dtype),
+                    _ => (rows * width, DType::F32),
+                }
+            }
             BufferName::Q => (rows * a.q_dim(), self.unturned()),
             BufferName::K => (rows * a.kv_dim(), self.unturned()),
             BufferName::V => (rows * a.kv_dim(), p.dtype),
@@ -506,7 +514,8 @@ impl Draft<'_> {
 
     fn maximal(&mut self) {
         let [q, o] = [BufferName::Q, BufferName::Attention].map(Operand::Buffer);
-        let block = (self.tokens() > ROW_BLOCK).then_some(ROW_BLOCK);
+        let most = row_block(self.problem.dtype);
+        let block = (self.tokens() > most).then_some(most);
         // A query may see rows that a later row block appends only when attention is not causal.
         let ahead = block.is_some() && !self.problem.spec.attention.causal;
         self.begin(block);
@@ -529,7 +538,7 @@ impl Draft<'_> {
         self.projection(Part::O, true, o, &[Operand::Y], "bias and residual in the epilogue");
         if block.is_none() {
             self.rejected.push(Rejected {
-                what: format!("row blocks of {ROW_BLOCK}"),
+                what: format!("row blocks of {most}"),
                 why: "the call has no more tokens than one block".into(),
             });
         }

@@ -196,6 +196,8 @@ macro_rules! dot_kernels {
             pack_x(p: &PackX, group: usize) = gemm::pack_x;
             gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
             attention_prefill(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_prefill::attention_prefill;
+            scores(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::scores;
+            weighted_values(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::weighted_values;
         })*
     };
 }

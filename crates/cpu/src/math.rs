@@ -6,23 +6,23 @@ use crate::simd::Simd;
 #[inline(always)]
 pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     // `min` returns its second operand when one is NaN, which keeps a NaN x.
-    exp2_at_most_128(s, s.min(s.splat(128.0), x))
+    power_of_two(s, s.min(s.splat(128.0), x), -126.0, C)
 }
 
-/// [`exp2()`] of x ≤ 128, NaN for NaN.
-///
-/// x = n + f with |f| ≤ ½; 2^f by the polynomial of degree 6 with 2^0 = 1 whose greatest relative error on that range is least, 2e-9.
+/// The polynomial with 2^0 = 1 whose greatest relative error for |x| ≤ ½ is least, 2e-9.
+const C: [f32; 7] = [1.0, std::f32::consts::LN_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_5, 0.000_153_533_62];
+
+/// 2^x of x ≤ 128 as a share of a sum that is at least ½: as [`exp2()`], but 0 below −100, so that products with values of usual size
+/// are not denormal, which would cost a processor's slow path.
 #[inline(always)]
-pub fn exp2_at_most_128<S: Simd>(s: S, x: S::F) -> S::F {
-    let c = [1.0, std::f32::consts::LN_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_5, 0.000_153_533_62];
-    power_of_two(s, x, c)
+pub fn exp2_share<S: Simd>(s: S, x: S::F) -> S::F {
+    power_of_two(s, x, -100.0, C)
 }
 
-/// 2^x for x ≤ 128 by the polynomial `c` of x's distance from the nearest integer.
+/// 2^x for x ≤ 128, 0 below `least`: x = n + f with |f| ≤ ½, and 2^f by the polynomial `c`.
 #[inline(always)]
-fn power_of_two<S: Simd, const N: usize>(s: S, x: S::F, c: [f32; N]) -> S::F {
-    // Denormal results would cost a processor's slow path, and −∞ is what masked scores are.
-    let least = s.splat(-126.0);
+fn power_of_two<S: Simd, const N: usize>(s: S, x: S::F, least: f32, c: [f32; N]) -> S::F {
+    let least = s.splat(least);
     let clamped = s.max(least, x);
     let n = s.round(clamped);
     let f = s.sub(clamped, n);
@@ -33,10 +33,10 @@ fn power_of_two<S: Simd, const N: usize>(s: S, x: S::F, c: [f32; N]) -> S::F {
     s.select_lt(x, least, s.splat(0.0), s.scale2(p, n))
 }
 
-/// [`exp2_at_most_128`] with a relative error below 1.1e-4, for results that are rounded to bf16: the polynomial has degree 3.
+/// [`exp2_share`] with a relative error below 1.1e-4, for results that are rounded to bf16: the polynomial has degree 3.
 #[inline(always)]
 pub fn exp2_rough<S: Simd>(s: S, x: S::F) -> S::F {
-    power_of_two(s, x, [1.0, 0.693_282_9, 0.242_210_97, 0.055_008_933])
+    power_of_two(s, x, -100.0, [1.0, 0.693_282_9, 0.242_210_97, 0.055_008_933])
 }
 
 /// tanh(x): at most 4 ulp; ±1 for large |x|, NaN for NaN.
@@ -44,9 +44,10 @@ pub fn exp2_rough<S: Simd>(s: S, x: S::F) -> S::F {
 /// Below 0.625 an odd polynomial (Cephes' single-precision coefficients, S. Moshier), else 1 − 2 / (e^2|x| + 1).
 #[inline(always)]
 pub fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
-    let a = s.copysign(x, s.splat(1.0));
+    // From 10 on it is 1; `min` keeps a NaN.
+    let a = s.min(s.splat(10.0), s.copysign(x, s.splat(1.0)));
     let e = exp2(s, s.mul(a, s.splat(2.0 * std::f32::consts::LOG2_E)));
-    let big = s.sub(s.splat(1.0), s.div(s.splat(2.0), s.add(e, s.splat(1.0))));
+    let big = s.fma(s.splat(-2.0), s.reciprocal(s.add(e, s.splat(1.0))), s.splat(1.0));
     const C: [f32; 5] = [-0.333_332_8, 0.133_314_42, -0.053_739_715, 0.020_639_09, -0.005_704_988_7];
     let z = s.mul(a, a);
     let mut p = s.splat(C[4]);

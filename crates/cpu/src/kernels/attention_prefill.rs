@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     dispatch::Kernels,
-    math::{exp2_at_most_128, tanh},
+    math::{exp2_share, tanh},
     simd::Simd,
 };
 
@@ -213,11 +213,11 @@ pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, s
                     let share = KEYS * bytes / half / d;
                     let (k, v) = (k.add(skip * stride), at(layout.v + skip * S::QUERY_ROWS));
                     let keys = Keys { rows: lo..hi, k, stride, v, next, share };
-                    let masks = |lane: usize| {
-                        let (head, index, _) = lanes.of(strip.first + lane);
-                        a.mask.map(|m| m.row(b, head, index))
-                    };
-                    attend_strip(s, a, strip, &keys, at(layout.scores), at(layout.k), at(layout.rows), &masks);
+                    let mask = strip_mask(a, &lanes, strip, b, &keys.rows);
+                    if matches!(mask, StripMask::Nothing) {
+                        continue;
+                    }
+                    attend_strip(s, a, strip, &keys, at(layout.scores), at(layout.k), at(layout.rows), &mask);
                 }
             }
             t += 1;
@@ -340,24 +340,53 @@ unsafe fn pack_values<S: Simd>(s: S, a: &Attention<'_>, n: usize, v: *const u8, 
     }
 }
 
-/// Whether any and whether all of the mask bytes of a strip are set.
-#[inline(always)]
-pub(super) unsafe fn mask_census(lanes: usize, rows: &Range<usize>, row: &impl Fn(usize) -> Option<*const u8>) -> (bool, bool) {
-    let (mut any, mut all) = (false, true);
-    for lane in 0..lanes {
-        if let Some(p) = row(lane) {
-            // SAFETY: the mask has a byte for every row of the cache that a query may see.
-            let bytes = unsafe { std::slice::from_raw_parts(p.add(rows.start), rows.len()) };
-            let set = bytes.iter().map(|&b| u32::from(b != 0)).sum::<u32>() as usize;
-            any |= set > 0;
-            all &= set == rows.len();
-        }
-    }
-    (any, all)
+/// The arbitrary mask of a strip over some rows.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, on the stack")]
+pub(super) enum StripMask {
+    /// Every lane sees every row.
+    All,
+    /// No lane sees any.
+    Nothing,
+    /// The bytes of each lane from the first row on.
+    Some([*const u8; MOST_LANES]),
 }
 
-/// Applies softcap, ALiBi, causality, window and mask to the scores [rows, width] of a strip, multiplied by `factor` first. `mask` gives the
-/// mask of a lane; `lines` takes 2 · LANES² f32.
+/// Lanes of the widest strip.
+const MOST_LANES: usize = VECTORS * 16;
+
+/// What the arbitrary mask lets a strip see of `rows`.
+#[inline(always)]
+pub(super) unsafe fn strip_mask(
+    a: &Attention<'_>,
+    lanes: &Lanes,
+    strip: &Strip,
+    sequence: usize,
+    rows: &Range<usize>,
+) -> StripMask {
+    let Some(mask) = a.mask else { return StripMask::All };
+    let mut lines = [std::ptr::null(); MOST_LANES];
+    let (mut head, mut query) = (strip.first / lanes.queries, strip.first % lanes.queries);
+    let (mut any, mut all) = (false, true);
+    for line in &mut lines[..strip.lanes] {
+        *line = mask.row(sequence, lanes.head0 + head, lanes.index0 + query).wrapping_add(rows.start);
+        // SAFETY: the mask has a byte for every row of the cache that a query may see.
+        let bytes = unsafe { std::slice::from_raw_parts(*line, rows.len()) };
+        let set = bytes.iter().map(|&b| u32::from(b != 0)).sum::<u32>() as usize;
+        any |= set > 0;
+        all &= set == rows.len();
+        query += 1;
+        if query == lanes.queries {
+            (head, query) = (head + 1, 0);
+        }
+    }
+    match (any, all) {
+        (false, _) => StripMask::Nothing,
+        (_, true) => StripMask::All,
+        _ => StripMask::Some(lines),
+    }
+}
+
+/// Applies softcap, ALiBi, causality, window and mask to the scores [rows, width] of a strip, multiplied by `factor` first; `lines` takes 2 · LANES² f32.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
 pub(super) unsafe fn shape_scores<S: Simd>(
@@ -367,7 +396,7 @@ pub(super) unsafe fn shape_scores<S: Simd>(
     rows: &Range<usize>,
     scores: *mut f32,
     factor: Option<f32>,
-    mask: Option<&impl Fn(usize) -> Option<*const u8>>,
+    mask: &StripMask,
     lines: *mut f32,
 ) {
     let (n, width, (_, cap)) = (rows.len(), strip.vectors * S::LANES, a.factors());
@@ -408,16 +437,23 @@ pub(super) unsafe fn shape_scores<S: Simd>(
                     s.store(p, if a.spec.causal { s.select_lt(position, at, minus_inf, x) } else { x });
                 }
             }
-            let Some(mask) = mask else { continue };
+            let StripMask::Some(mask) = mask else { continue };
             for i0 in (0..n).step_by(S::LANES) {
                 let count = S::LANES.min(n - i0);
                 for lane in 0..S::LANES {
-                    let line = std::slice::from_raw_parts_mut(lines.add(lane * S::LANES), S::LANES);
+                    let line = lines.add(lane * S::LANES);
                     // Lanes without a query may see anything.
-                    line.fill(1.0);
-                    if let Some(p) = (j * S::LANES + lane < strip.lanes).then(|| mask(j * S::LANES + lane)).flatten() {
-                        let bytes = std::slice::from_raw_parts(p.add(rows.start + i0), count);
-                        line.iter_mut().zip(bytes).for_each(|(x, &b)| *x = if b == 0 { 0.0 } else { 1.0 });
+                    let mut bytes = [1u8; 16];
+                    if j * S::LANES + lane < strip.lanes {
+                        let from = mask[j * S::LANES + lane].add(i0);
+                        if count == S::LANES {
+                            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), S::LANES);
+                        } else {
+                            std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), count);
+                        }
+                    }
+                    for (i, byte) in bytes.into_iter().enumerate().take(S::LANES) {
+                        line.add(i).write(f32::from(byte));
                     }
                 }
                 let seen = lines.add(S::LANES * S::LANES);
@@ -457,20 +493,12 @@ unsafe fn attend_strip<S: Simd>(
     scores: *mut f32,
     k_rest: *mut f32,
     lines: *mut f32,
-    masks: &impl Fn(usize) -> Option<*const u8>,
+    mask: &StripMask,
 ) {
     let (d, rows, n) = (a.spec.head_dim, keys.rows.clone(), keys.rows.len());
     let width = strip.vectors * S::LANES;
     // SAFETY: the caller's.
     unsafe {
-        let mut masked = false;
-        if a.mask.is_some() {
-            let (any, all) = mask_census(strip.lanes, &rows, masks);
-            if !any {
-                return;
-            }
-            masked = !all;
-        }
         for i in (0..n).step_by(S::QUERY_ROWS) {
             let (mut k, mut stride) = (keys.k.add(i * keys.stride), keys.stride);
             if i + S::QUERY_ROWS > n && a.cache.dtype == DType::F32 {
@@ -484,7 +512,7 @@ unsafe fn attend_strip<S: Simd>(
             let fetch = (k.wrapping_add(S::QUERY_ROWS * stride).cast(), 4 * S::QUERY_ROWS);
             query_tile(s, strip.vectors, QueryTile { k: d, a: k, row_stride: Some(stride), b: strip.q, c, scale: None, fetch });
         }
-        shape_scores(s, a, strip, &rows, scores, None, masked.then_some(masks), lines);
+        shape_scores(s, a, strip, &rows, scores, None, mask, lines);
         for j in 0..strip.vectors {
             let c = scores.add(j * S::LANES);
             let (m, l) = (strip.m.add(j * S::LANES), strip.l.add(j * S::LANES));
@@ -502,19 +530,19 @@ unsafe fn attend_strip<S: Simd>(
             let new = s.max(s.max(top[0], top[1]), s.max(top[2], top[3]));
             // A lane that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
             let base = s.select_lt(s.splat(f32::NEG_INFINITY), new, new, s.splat(0.0));
-            let alpha = exp2_at_most_128(s, s.sub(old, base));
+            let alpha = exp2_share(s, s.sub(old, base));
             let mut sum = [s.splat(0.0); 4];
             for i in (0..fours).step_by(4) {
                 for (u, sum) in sum.iter_mut().enumerate() {
                     let p = c.add((i + u) * width);
-                    let x = exp2_at_most_128(s, s.sub(s.load(p), base));
+                    let x = exp2_share(s, s.sub(s.load(p), base));
                     s.store(p, x);
                     *sum = s.add(*sum, x);
                 }
             }
             for i in fours..n {
                 let p = c.add(i * width);
-                let x = exp2_at_most_128(s, s.sub(s.load(p), base));
+                let x = exp2_share(s, s.sub(s.load(p), base));
                 s.store(p, x);
                 sum[0] = s.add(sum[0], x);
             }

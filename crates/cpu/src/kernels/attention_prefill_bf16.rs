@@ -9,11 +9,11 @@ use lawson_core::{DType, problem::AttentionSpec};
 
 use super::{
     attention::{Attention, Item, finish},
-    attention_prefill::{KEYS, Lanes, STRIP, Strip, fetch_rows, mask_census, shape_scores},
+    attention_prefill::{KEYS, Lanes, STRIP, Strip, StripMask, fetch_rows, shape_scores, strip_mask},
     rows::{load_row, store_row},
 };
 use crate::{
-    math::{exp2_at_most_128, exp2_rough},
+    math::{exp2_rough, exp2_share},
     simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Simd},
 };
 
@@ -25,7 +25,7 @@ pub const fn applies(dot_rows: usize, dtype: DType, kv_dtype: DType) -> bool {
 /// Lanes of a vector: this kernel's instruction sets have 512 bits.
 const LANES: usize = 16;
 /// Bytes between rows of the transposed V; not a power of two, so that rows lie in different sets of the cache.
-const V_STRIDE: usize = KEYS * 2 + 64;
+pub(super) const V_STRIDE: usize = KEYS * 2 + 64;
 /// Growth of a maximum, in powers of two, from which on results so far are rescaled; below, probabilities exceed 1.
 const SLACK: f32 = 8.0;
 
@@ -98,16 +98,10 @@ pub unsafe fn attend<S: Simd>(s: S, a: &Attention<'_>, item: &Item, scratch: *mu
         while t * KEYS < end {
             let rows = (t * KEYS).max(start)..((t + 1) * KEYS).min(end);
             let v_row = a.cache.v_row(b, item.kv_head, rows.start);
-            transpose_values(s, a, rows.len(), v_row.cast(), at(layout.v), at(layout.rows));
+            transpose_values(s, d, rows.len(), v_row.cast(), a.cache.row_stride, at(layout.v), at(layout.rows));
             let (mut k, mut k_stride) = (a.cache.k_row(b, item.kv_head, rows.start).cast_const(), row_bytes);
             if layout.depth != d {
-                let copy = at(layout.k).cast::<u8>();
-                for j in 0..rows.len() {
-                    let row = copy.add(j * layout.depth * 2);
-                    row.write_bytes(0, layout.depth * 2);
-                    std::ptr::copy_nonoverlapping(k.add(j * k_stride), row, d * 2);
-                }
-                (k, k_stride) = (copy.cast_const(), layout.depth * 2);
+                (k, k_stride) = pad_rows(k, k_stride, rows.len(), d, at(layout.k).cast());
             }
             for i in 0..layout.strips {
                 let strip = &*strip_at(i);
@@ -118,11 +112,11 @@ pub unsafe fn attend<S: Simd>(s: S, a: &Attention<'_>, item: &Item, scratch: *mu
                     continue;
                 }
                 let keys = Keys { rows: lo..hi, k: k.add(skip * k_stride), k_stride, v: at(layout.v).cast::<u8>().add(skip * 2) };
-                let masks = |lane: usize| {
-                    let (head, index, _) = lanes.of(strip.first + lane);
-                    a.mask.map(|m| m.row(b, head, index))
-                };
-                attend_strip(s, &mut state, a, strip, &keys, &layout, scratch, &masks);
+                let mask = strip_mask(a, &lanes, strip, b, &keys.rows);
+                if matches!(mask, StripMask::Nothing) {
+                    continue;
+                }
+                attend_strip(s, &mut state, a, strip, &keys, &layout, scratch, &mask);
             }
             t += 1;
         }
@@ -202,11 +196,21 @@ unsafe fn prepare<S: Simd>(
     strip
 }
 
-/// Vᵀ of `n` rows; keys up to whole blocks and dimensions up to whole blocks are zero.
+/// Vᵀ of `n` ≤ KEYS rows of `d` elements `stride` apart, its own rows V_STRIDE bytes apart; keys and dimensions up to whole blocks are
+/// zero.
+/// # Safety
+/// `v` is readable as [n, d], `to` writable as [d up to whole blocks, V_STRIDE] bytes, `square` as LANES² f32.
 #[inline(always)]
-unsafe fn transpose_values<S: Simd>(s: S, a: &Attention<'_>, n: usize, v: *const bf16, to: *mut f32, square: *mut f32) {
-    let (d, stride) = (a.spec.head_dim, a.cache.row_stride);
-    // SAFETY: the caller's: `to` holds [D up to whole blocks, KEYS] bf16, `square` 2 · LANES² f32.
+pub(super) unsafe fn transpose_values<S: Simd>(
+    s: S,
+    d: usize,
+    n: usize,
+    v: *const bf16,
+    stride: usize,
+    to: *mut f32,
+    square: *mut f32,
+) {
+    // SAFETY: the caller's.
     unsafe {
         let mut line = [bf16::ZERO; 2 * LANES];
         for key in (0..n).step_by(DOT_STEPS) {
@@ -232,6 +236,23 @@ unsafe fn transpose_values<S: Simd>(s: S, a: &Attention<'_>, n: usize, v: *const
     }
 }
 
+/// `n` rows of `d` bf16 with zeros up to whole blocks, and the bytes between them.
+/// # Safety
+/// `k` is readable as `n` rows `stride` bytes apart, `to` writable as [n, d up to whole blocks].
+#[inline(always)]
+pub(super) unsafe fn pad_rows(k: *const u8, stride: usize, n: usize, d: usize, to: *mut u8) -> (*const u8, usize) {
+    let bytes = d.next_multiple_of(DOT_STEPS) * 2;
+    for j in 0..n {
+        // SAFETY: the caller's.
+        unsafe {
+            let row = to.add(j * bytes);
+            row.write_bytes(0, bytes);
+            std::ptr::copy_nonoverlapping(k.add(j * stride), row, d * 2);
+        }
+    }
+    (to, bytes)
+}
+
 /// Rows of the cache that a strip attends.
 struct Keys {
     rows: std::ops::Range<usize>,
@@ -254,7 +275,7 @@ unsafe fn attend_strip<S: Simd>(
     keys: &Keys,
     layout: &Layout,
     scratch: *mut f32,
-    masks: &impl Fn(usize) -> Option<*const u8>,
+    mask: &StripMask,
 ) {
     const WIDTH: usize = DOT_COLUMNS;
     let (scores, p) = (scratch.wrapping_add(layout.scores), scratch.wrapping_add(layout.p).cast::<u8>());
@@ -262,14 +283,6 @@ unsafe fn attend_strip<S: Simd>(
     let (q_factor, cap) = a.factors();
     // SAFETY: the caller's.
     unsafe {
-        let mut masked = false;
-        if a.mask.is_some() {
-            let (any, all) = mask_census(strip.lanes, &keys.rows, masks);
-            if !any {
-                return;
-            }
-            masked = !all;
-        }
         for i in (0..n).step_by(S::DOT_ROWS) {
             let tile = DotTile {
                 rows: S::DOT_ROWS.min(n - i),
@@ -288,7 +301,7 @@ unsafe fn attend_strip<S: Simd>(
         let early = (cap.is_some() || a.slopes.is_some() || q_factor <= 0.0).then_some(q_factor);
         let factor = s.splat(if early.is_some() { 1.0 } else { q_factor });
         let lines = scratch.add(layout.rows);
-        shape_scores(s, a, strip, &keys.rows, scores, early, masked.then_some(masks), lines);
+        shape_scores(s, a, strip, &keys.rows, scores, early, mask, lines);
         let minus_inf = s.splat(f32::NEG_INFINITY);
         for j in 0..strip.vectors {
             let c = scores.add(j * LANES);
@@ -310,7 +323,7 @@ unsafe fn attend_strip<S: Simd>(
             if s.max_lane(grown) > 0.0 {
                 new = s.max(old, top);
                 let base = s.select_lt(minus_inf, new, new, s.splat(0.0));
-                let alpha = exp2_at_most_128(s, s.sub(old, base));
+                let alpha = exp2_share(s, s.sub(old, base));
                 s.store(m, new);
                 s.store(l, s.mul(s.load(l), alpha));
                 for i in 0..layout.depth {

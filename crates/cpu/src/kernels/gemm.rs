@@ -366,9 +366,16 @@ unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w
         for j in 0..inner {
             let (pair, block0) = if streams { (2 * i, j * STEP_BLOCKS) } else { (2 * j, i * STEP_BLOCKS) };
             let steps = STEP_BLOCKS.min(blocks - block0);
+            // Panels that are read from end to end need no help; of the others each group of rows fetches a share of the next.
+            let next = if pair + 2 < panels { (pair + 2, block0) } else { (0, block0 + steps) };
+            let share = if streams { 0 } else { (steps * PANEL_BLOCK).div_ceil(rows.div_ceil(S::DOT_ROWS)) };
             for r in (0..rows).step_by(S::DOT_ROWS) {
                 let n = S::DOT_ROWS.min(rows - r);
                 for panel in pair..panels.min(pair + 2) {
+                    let start = ((next.0 + panel - pair) * blocks + next.1) * PANEL_BLOCK + r / S::DOT_ROWS * share;
+                    for line in (0..share).step_by(64) {
+                        s.fetch(w.wrapping_add(start + line));
+                    }
                     let t = DotTile {
                         rows: n,
                         blocks: steps,

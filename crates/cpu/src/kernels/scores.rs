@@ -1,18 +1,19 @@
 //! The separate steps of unfused attention: each reads and writes its tensor in memory.
 //!
-//! Queries stand in the lanes as in `attention_prefill`, and the products run on the same register tile: strips of 2·LANES queries
+//! Queries stand in the lanes as in `attention_prefill`, and the products run on the same register tiles: strips of 2·LANES queries
 //! of one head, qᵀ [D, lanes], scores [L, lanes], oᵀ [D, lanes]. A work item is one strip.
 
 use lawson_core::DType;
 
 use super::{
     attention::{Attention, LOG2_E},
+    attention_prefill_bf16::{self, V_STRIDE, pad_rows, transpose_values},
     rows::{CacheRows, load_row, store_row},
     tile::{Tile, column},
 };
 use crate::{
     math::{exp2, tanh},
-    simd::Simd,
+    simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Simd},
 };
 
 /// Dimensions that are summed before they are added to a score: large scores keep more of their last bits that way.
@@ -84,8 +85,52 @@ impl Strips<'_> {
 }
 
 /// f32 of scratch of every step here.
-pub const fn scratch_len(head_dim: usize, lanes: usize) -> usize {
-    head_dim.next_multiple_of(lanes) + CacheRows::TILE * head_dim
+pub fn scratch_len(head_dim: usize, lanes: usize) -> usize {
+    (head_dim.next_multiple_of(lanes) + CacheRows::TILE * head_dim).max(Dots::scratch_len(head_dim))
+}
+
+/// Scratch of the products in bf16.
+struct Dots {
+    /// B in pairs: [D, DOT_COLUMNS] or [TILE, DOT_COLUMNS] bf16.
+    b: *mut u8,
+    /// K padded [TILE, D], or Vᵀ [D, V_STRIDE bytes].
+    a: *mut f32,
+    square: *mut f32,
+}
+
+impl Dots {
+    const SQUARE: usize = 256;
+
+    fn scratch_len(d: usize) -> usize {
+        let depth = d.next_multiple_of(DOT_STEPS);
+        DOT_COLUMNS * depth.max(CacheRows::TILE) / 2 + depth * V_STRIDE / 4 + Dots::SQUARE
+    }
+
+    fn new(scratch: *mut f32, d: usize) -> Dots {
+        let depth = d.next_multiple_of(DOT_STEPS);
+        let a = scratch.wrapping_add(DOT_COLUMNS * depth.max(CacheRows::TILE) / 2);
+        Dots { b: scratch.cast(), a, square: a.wrapping_add(depth * V_STRIDE / 4) }
+    }
+
+    /// Rounds `n` rows of DOT_COLUMNS f32 to pairs, zeros up to whole blocks behind them.
+    /// # Safety
+    /// `from` is readable as [n, DOT_COLUMNS]; `n` is at most D or TILE.
+    #[inline(always)]
+    unsafe fn set_pairs<S: Simd>(&self, s: S, from: *const f32, n: usize) {
+        for i in (0..n.next_multiple_of(DOT_STEPS)).step_by(2) {
+            for j in (0..DOT_COLUMNS).step_by(S::LANES) {
+                let mut x = [s.splat(0.0); 2];
+                for (u, x) in x.iter_mut().enumerate() {
+                    if i + u < n {
+                        // SAFETY: the caller's.
+                        *x = unsafe { s.load(from.add((i + u) * DOT_COLUMNS + j)) };
+                    }
+                }
+                // SAFETY: b holds n up to whole blocks.
+                unsafe { s.store_pairs(self.b.add((i / 2 * DOT_COLUMNS + j) * 4), x[0], x[1]) };
+            }
+        }
+    }
 }
 
 /// qᵀ of one strip.
@@ -147,6 +192,10 @@ unsafe fn tile_f32<S: Simd>(s: S, c: &CacheRows, start: *const u8, n: usize, d: 
 pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f32) {
     let (width, d, group) = (2 * S::LANES, t.attention.spec.head_dim, t.attention.spec.group());
     let (strip, cache) = (t.strip(width, item), &t.attention.cache);
+    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype) {
+        // SAFETY: the caller's.
+        return unsafe { dot_scores(s, t, &strip, &Dots::new(scratch, d)) };
+    }
     for start in (0..strip.rows).step_by(CacheRows::TILE) {
         let n = CacheRows::TILE.min(strip.rows - start);
         // SAFETY: the caller's.
@@ -163,6 +212,70 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
     }
 }
 
+/// [`scores`] by dot products.
+#[inline(always)]
+unsafe fn dot_scores<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) {
+    let (d, group, cache) = (t.attention.spec.head_dim, t.attention.spec.group(), &t.attention.cache);
+    let mut state = DotState::default();
+    // SAFETY: the caller's.
+    unsafe {
+        dots.set_pairs(s, strip.q, d);
+        for start in (0..strip.rows).step_by(CacheRows::TILE) {
+            let n = CacheRows::TILE.min(strip.rows - start);
+            let (mut k, mut stride) = (cache.k_row(strip.sequence, strip.head / group, start).cast_const(), cache.row_stride * 2);
+            if !d.is_multiple_of(DOT_STEPS) {
+                (k, stride) = pad_rows(k, stride, n, d, dots.a.cast());
+            }
+            for i in (0..n).step_by(S::DOT_ROWS) {
+                let tile = DotTile {
+                    rows: S::DOT_ROWS.min(n - i),
+                    blocks: d.div_ceil(DOT_STEPS),
+                    a: k.add(i * stride),
+                    row_stride: stride,
+                    block_stride: DOT_STEPS * 2,
+                    b: dots.b,
+                    c: strip.scores.add((start + i) * DOT_COLUMNS),
+                    c_stride: DOT_COLUMNS,
+                    accumulate: false,
+                };
+                s.dots(&mut state, &tile);
+            }
+        }
+    }
+    s.end_dots(state);
+}
+
+/// [`weighted_values`] by dot products.
+#[inline(always)]
+unsafe fn dot_values<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) {
+    let (d, group, cache) = (t.attention.spec.head_dim, t.attention.spec.group(), &t.attention.cache);
+    let mut state = DotState::default();
+    // SAFETY: the caller's.
+    unsafe {
+        for start in (0..strip.rows).step_by(CacheRows::TILE) {
+            let n = CacheRows::TILE.min(strip.rows - start);
+            dots.set_pairs(s, strip.scores.add(start * DOT_COLUMNS), n);
+            let v = cache.v_row(strip.sequence, strip.head / group, start);
+            transpose_values(s, d, n, v.cast(), cache.row_stride, dots.a, dots.square);
+            for i in (0..d).step_by(S::DOT_ROWS) {
+                let tile = DotTile {
+                    rows: S::DOT_ROWS.min(d - i),
+                    blocks: n.div_ceil(DOT_STEPS),
+                    a: dots.a.cast::<u8>().add(i * V_STRIDE),
+                    row_stride: V_STRIDE,
+                    block_stride: DOT_STEPS * 2,
+                    b: dots.b,
+                    c: strip.o.add(i * DOT_COLUMNS),
+                    c_stride: DOT_COLUMNS,
+                    accumulate: start > 0,
+                };
+                s.dots(&mut state, &tile);
+            }
+        }
+    }
+    s.end_dots(state);
+}
+
 /// oᵀ = vᵀ · scores of one strip.
 /// # Safety
 /// As [`transpose_q`].
@@ -170,6 +283,10 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
 pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f32) {
     let (width, d, group) = (2 * S::LANES, t.attention.spec.head_dim, t.attention.spec.group());
     let (strip, cache) = (t.strip(width, item), &t.attention.cache);
+    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype) {
+        // SAFETY: the caller's.
+        return unsafe { dot_values(s, t, &strip, &Dots::new(scratch, d)) };
+    }
     for start in (0..strip.rows).step_by(CacheRows::TILE) {
         let n = CacheRows::TILE.min(strip.rows - start);
         // SAFETY: the caller's.

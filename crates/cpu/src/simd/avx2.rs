@@ -51,6 +51,10 @@ impl Simd for Avx2 {
         sub(a, b) => _mm256_sub_ps(a, b);
         mul(a, b) => _mm256_mul_ps(a, b);
         div(a, b) => _mm256_div_ps(a, b);
+        reciprocal(v) => {
+            let r = _mm256_rcp_ps(v);
+            _mm256_mul_ps(r, _mm256_fnmadd_ps(v, r, _mm256_set1_ps(2.0)))
+        };
         fma(a, b, c) => _mm256_fmadd_ps(a, b, c);
         max(a, b) => _mm256_max_ps(a, b);
         min(a, b) => _mm256_min_ps(a, b);

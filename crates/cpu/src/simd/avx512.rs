@@ -143,6 +143,10 @@ impl<D: Dots> Simd for Avx512<D> {
         sub(a, b) => _mm512_sub_ps(a, b);
         mul(a, b) => _mm512_mul_ps(a, b);
         div(a, b) => _mm512_div_ps(a, b);
+        reciprocal(v) => {
+            let r = _mm512_rcp14_ps(v);
+            _mm512_mul_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(2.0)))
+        };
         fma(a, b, c) => _mm512_fmadd_ps(a, b, c);
         max(a, b) => _mm512_max_ps(a, b);
         min(a, b) => _mm512_min_ps(a, b);

@@ -137,6 +137,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// a / b.
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// 1 / v, at most 2 ulp, for finite v of at least 1.
+    fn reciprocal(self, v: Self::F) -> Self::F;
     /// a · b + c, fused where the processor does so.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The greater; `b` when either is NaN.

@@ -98,6 +98,10 @@ impl Simd for Portable {
         zip(a, b, |a, b| a / b)
     }
     #[inline(always)]
+    fn reciprocal(self, v: V) -> V {
+        v.map(|x| 1.0 / x)
+    }
+    #[inline(always)]
     fn fma(self, a: V, b: V, c: V) -> V {
         std::array::from_fn(|i| a[i] * b[i] + c[i])
     }
