@@ -103,10 +103,18 @@ pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
                 }
                 s.store(lanes.as_mut_ptr(), v);
             }
-            for j in 0..n {
-                let to = out.add((i + j) * rows);
-                for (r, lanes) in lanes.iter().enumerate().take(rows) {
-                    to.add(r).write(lanes[j]);
+            let mut columns = [[0f32; 16]; 16];
+            for r0 in (0..rows).step_by(S::LANES) {
+                s.transpose(lanes[r0].as_ptr(), 16, columns[0].as_mut_ptr(), 16);
+                let count = S::LANES.min(rows - r0);
+                for (j, column) in columns.iter().enumerate().take(n) {
+                    let (to, column) = (out.add((i + j) * rows + r0), s.load(column.as_ptr()));
+                    // What a whole vector writes too much, the next column overwrites.
+                    if rows <= S::LANES && (i + j) * rows + S::LANES <= p.k * rows {
+                        s.store(to, column);
+                    } else {
+                        s.store_n(to, column, count);
+                    }
                 }
             }
             i += S::LANES;

@@ -33,7 +33,7 @@ pub struct Tile<B> {
 const LINE: usize = 16;
 
 /// Steps of the unrolled loop.
-pub const UNROLL: usize = 4;
+pub const UNROLL: usize = 2;
 
 /// Memory that later tiles read, fetched into second-level cache a line at every [`UNROLL`] steps: start, and bytes between lines.
 pub type Fetch = [(*const u8, usize); 2];
@@ -73,8 +73,6 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
                 weights.0 = weights.0.wrapping_add(weights.1);
                 x.0 = x.0.wrapping_add(x.1);
             }
-            step!();
-            step!();
             step!();
             step!();
         }
