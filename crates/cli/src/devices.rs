@@ -3,7 +3,7 @@
 use std::{fmt::Write, process::ExitCode};
 
 use clap::Args;
-use lawson::{Context, ContextOptions, Isa, Result, machine};
+use lawson::{Context, ContextOptions, DType, Isa, Result, machine};
 use serde::Serialize;
 
 use crate::{args::Global, output, signals};
@@ -36,6 +36,7 @@ struct Processor {
     l3_bytes: Option<usize>,
     memory_bytes: Option<usize>,
     peak_gflops: f64,
+    bf16_peak_gflops: f64,
     one_thread_peak_gflops: f64,
     bandwidth_gbps: f64,
 }
@@ -71,17 +72,18 @@ pub fn execute(_: &DevicesArgs, global: &Global) -> Result<ExitCode> {
 }
 
 fn processor(context: &Context, global: &Global) -> Result<Processor> {
-    let bar = output::progress(3, "measuring", global);
+    let bar = output::progress(4, "measuring", global);
     let measured = |what: &'static str, measure: &dyn Fn() -> Result<f64>| {
         bar.set_message(what);
         let rate = measure().map(|rate| rate / 1e9);
         bar.inc(1);
         signals::check().and(rate)
     };
-    let peak_gflops = measured("peak of all threads", &|| Ok(context.measure_peak()))?;
+    let peak_gflops = measured("f32 peak of all threads", &|| Ok(context.measure_peak(DType::F32)))?;
+    let bf16_peak_gflops = measured("bf16 peak of all threads", &|| Ok(context.measure_peak(DType::BF16)))?;
     let one_thread_peak_gflops = measured("peak of one thread", &|| {
         let options = ContextOptions { device: global.device, threads: Some(1), isa: Some(context.isa()) };
-        Ok(Context::new(options)?.measure_peak())
+        Ok(Context::new(options)?.measure_peak(DType::F32))
     })?;
     let bandwidth_gbps = measured("bandwidth", &|| context.measure_bandwidth())?;
     bar.finish_and_clear();
@@ -100,6 +102,7 @@ fn processor(context: &Context, global: &Global) -> Result<Processor> {
         l3_bytes: machine::cache_bytes(3),
         memory_bytes: machine::memory_bytes(),
         peak_gflops,
+        bf16_peak_gflops,
         one_thread_peak_gflops,
         bandwidth_gbps,
     })
@@ -120,6 +123,7 @@ impl Devices {
             ("caches", format!("L1 {l1}, L2 {l2} of a core, L3 {l3}")),
             ("memory", size(cpu.memory_bytes)),
             ("f32 peak", format!("{:.0} GFLOP/s, {:.0} of one thread (measured)", cpu.peak_gflops, cpu.one_thread_peak_gflops)),
+            ("bf16 peak", format!("{:.0} GFLOP/s (measured)", cpu.bf16_peak_gflops)),
             ("bandwidth", format!("{:.1} GB/s (measured)", cpu.bandwidth_gbps)),
         ];
         for (name, value) in rows {

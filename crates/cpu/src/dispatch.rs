@@ -38,6 +38,8 @@ macro_rules! kernels {
             pub query_rows: usize,
             /// Rows of the tile of bf16 dot products; 0 where there are none.
             pub dot_rows: usize,
+            /// Operations of a round of the probe of dot products; 0 where there are none.
+            pub dot_probe_flops: usize,
             $($(#[$doc])* pub $name: unsafe fn($($t),*) $(-> $ret)?,)*
             _private: PhantomData<()>,
         }
@@ -81,7 +83,7 @@ macro_rules! kernels {
                 }
                 Some(match isa {
                     Isa::Portable => Kernels {
-                        isa, lanes: Portable::LANES, mr: Portable::MR, query_rows: Portable::QUERY_ROWS, dot_rows: 0, $($name: portable::$name,)* _private: PhantomData,
+                        isa, lanes: Portable::LANES, mr: Portable::MR, query_rows: Portable::QUERY_ROWS, dot_rows: 0, dot_probe_flops: 0, $($name: portable::$name,)* _private: PhantomData,
                     },
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => Kernels {
@@ -90,6 +92,7 @@ macro_rules! kernels {
                         mr: crate::simd::avx2::Avx2::MR,
                         query_rows: crate::simd::avx2::Avx2::QUERY_ROWS,
                         dot_rows: 0,
+                        dot_probe_flops: 0,
                         $($name: avx2::$name,)*
                         _private: PhantomData,
                     },
@@ -100,6 +103,7 @@ macro_rules! kernels {
                         mr: <crate::simd::avx512::Avx512>::MR,
                         query_rows: <crate::simd::avx512::Avx512>::QUERY_ROWS,
                         dot_rows: 0,
+                        dot_probe_flops: 0,
                         $($name: avx512::$name,)*
                         _private: PhantomData,
                     }),
@@ -166,6 +170,8 @@ kernels! {
     row_scale(x: *mut f32, n: usize, factor: f32) = softmax::row_scale;
     /// The peak probe.
     fma_probe(rounds: usize) -> f32 = tile::fma_probe;
+    /// The peak probe of dot products, where there are any.
+    dot_probe(rounds: usize) -> f32 = tile::dot_probe;
     /// 2^x of a row, in place.
     exp2_row(x: *mut f32, n: usize) = crate::math::exp2_row;
     /// tanh of a row, in place.
@@ -175,18 +181,19 @@ kernels! {
 /// The kernels that multiply bf16 natively, for an instruction set that is AVX-512 otherwise.
 #[cfg(target_arch = "x86_64")]
 macro_rules! dot_kernels {
-    ($module:ident, $dots:path, $($name:ident($($arg:ident: $t:ty),*) = $body:path;)*) => {
+    ($module:ident, $dots:path, $($name:ident($($arg:ident: $t:ty),*) $(-> $ret:ty)? = $body:path;)*) => {
         mod $module {
             use super::*;
             use crate::simd::avx512::Avx512;
             $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-            pub unsafe fn $name($($arg: $t),*) {
+            pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
                 // SAFETY: the caller's; the features enabled here are those the token proves, and the processor has `$dots`.
                 unsafe { $body(Avx512::<$dots>::new_unchecked(), $($arg),*) }
             })*
             /// `kernels` with these in place of the same ones of AVX-512.
             pub fn over(kernels: Kernels) -> Kernels {
-                Kernels { dot_rows: <Avx512<$dots>>::DOT_ROWS, $($name,)* ..kernels }
+                type Token = Avx512<$dots>;
+                Kernels { dot_rows: Token::DOT_ROWS, dot_probe_flops: Token::DOT_PROBE_FLOPS, $($name,)* ..kernels }
             }
         }
     };
@@ -198,6 +205,7 @@ macro_rules! dot_kernels {
             attention_prefill(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_prefill::attention_prefill;
             scores(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::scores;
             weighted_values(t: &Strips<'_>, item: usize, scratch: *mut f32) = scores::weighted_values;
+            dot_probe(rounds: usize) -> f32 = tile::dot_probe;
         })*
     };
 }

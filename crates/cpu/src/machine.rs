@@ -2,7 +2,7 @@
 
 use std::{fs, hint::black_box, time::Instant};
 
-use lawson_core::{Result, kernel::MachineProfile};
+use lawson_core::{DType, Result, kernel::MachineProfile};
 
 use crate::{arena::AlignedBytes, dispatch::Kernels, pack::SendPtr, threads::Threads};
 
@@ -80,14 +80,16 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
     }
 }
 
-/// f32 FMA operations per second of all threads: the best of several runs of some 20 ms.
-pub fn measure_peak(kernels: &Kernels, threads: &Threads) -> f64 {
+/// Operations per second of all threads on elements of `dtype`, by f32 FMA or by dot products: the best of several runs of some 20 ms.
+pub fn measure_peak(kernels: &Kernels, threads: &Threads, dtype: DType) -> f64 {
     let items = threads.count() * 8;
+    let dots = kernels.multiplies_pairs(dtype);
+    let probe = if dots { kernels.dot_probe } else { kernels.fma_probe };
     let once = |rounds: usize| {
         let start = Instant::now();
         threads.run(items, &|_, _| {
             // SAFETY: the probe touches no memory.
-            black_box(unsafe { (kernels.fma_probe)(rounds) });
+            black_box(unsafe { probe(rounds) });
         });
         start.elapsed().as_secs_f64()
     };
@@ -95,8 +97,8 @@ pub fn measure_peak(kernels: &Kernels, threads: &Threads) -> f64 {
     while once(rounds) < 0.01 {
         rounds *= 2;
     }
-    let steps = (rounds * 64 / 12 + 1) * 12;
-    let operations = (items * steps * 2 * kernels.lanes) as f64;
+    let of_item = if dots { rounds * kernels.dot_probe_flops } else { (rounds * 64 / 12 + 1) * 12 * 2 * kernels.lanes };
+    let operations = (items * of_item) as f64;
     (0..9).map(|_| operations / once(rounds)).fold(0.0, f64::max)
 }
 

@@ -156,9 +156,10 @@ impl Context {
         Ok(())
     }
 
-    /// f32 FMA operations per second of all threads, measured.
-    pub fn measure_peak(&self) -> f64 {
-        lawson_cpu::machine::measure_peak(&self.0.cpu.kernels, &self.0.cpu.threads)
+    /// Operations per second of all threads on elements of `dtype`, measured: f32 FMA, or dot products where the instruction set has them for
+    /// `dtype`.
+    pub fn measure_peak(&self, dtype: DType) -> f64 {
+        lawson_cpu::machine::measure_peak(&self.0.cpu.kernels, &self.0.cpu.threads, dtype)
     }
     /// Bytes per second that all threads read from memory, measured.
     ///

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use lawson::{Error, Level, Result, machine};
+use lawson::{DType, Error, Level, Result, machine};
 
 use super::{
     session::Session,
@@ -68,7 +68,7 @@ fn seconds(session: &Session, case: &Case) -> f64 {
         Study::Rope => of_bytes((s.batch * s.seq * s.heads * s.head_dim) as f64 * 8.0),
         _ => {
             let problem = s.problem();
-            (problem.flops() / session.limits.peak_flops).max(of_bytes(problem.compulsory_bytes()))
+            (problem.flops() / session.limits.peak(s.dtype == DType::BF16)).max(of_bytes(problem.compulsory_bytes()))
         }
     }
 }

@@ -216,12 +216,15 @@ pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     session.check()?;
     // Rows of early studies had limits that later ones may have raised.
     limits.fill_shares(&mut results.results);
-    let (peak, bandwidth) = (limits.peak_flops * 1e-9, limits.bandwidth * 1e-9);
-    (results.machine.peak_gflops, results.machine.bandwidth_gbps) = (Some(peak), Some(bandwidth));
+    let (peak, bf16_peak, bandwidth) = (limits.peak_flops * 1e-9, limits.bf16_peak_flops * 1e-9, limits.bandwidth * 1e-9);
+    (results.machine.peak_gflops, results.machine.bf16_peak_gflops) = (Some(peak), Some(bf16_peak));
+    results.machine.bandwidth_gbps = Some(bandwidth);
     if !global.json {
-        let raised = limits.peak_flops > shown.peak_flops || limits.bandwidth > shown.bandwidth;
+        let raised = limits != shown;
         let raised = if raised { "; the report's shares are of these, those above of what was known then" } else { "" };
-        output::print(format!("measured limits: f32 peak {peak:.1} GFLOP/s, bandwidth {bandwidth:.1} GB/s{raised}"))?;
+        output::print(format!(
+            "measured limits: f32 peak {peak:.1} GFLOP/s, bf16 peak {bf16_peak:.1} GFLOP/s, bandwidth {bandwidth:.1} GB/s{raised}"
+        ))?;
     }
     finish(args, global, &results)
 }
@@ -272,7 +275,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
         global,
         levels,
         budget,
-        limits: Limits { peak_flops: 1.0, bandwidth: 1.0 },
+        limits: Limits { peak_flops: 1.0, bf16_peak_flops: 1.0, bandwidth: 1.0 },
         memory_limit: args.memory,
         peers,
         missing,

@@ -38,6 +38,8 @@ pub struct Machine {
     pub memory_bytes: Option<u64>,
     /// Measured f32 peak of all threads, GFLOP/s.
     pub peak_gflops: Option<f64>,
+    /// Measured bf16 peak of all threads, GFLOP/s.
+    pub bf16_peak_gflops: Option<f64>,
     /// Measured memory bandwidth of all threads, GB/s.
     pub bandwidth_gbps: Option<f64>,
     /// Operating system.

@@ -1,6 +1,6 @@
 //! From measurements to rows of `results.json`.
 
-use lawson::{BlockPlan, Result};
+use lawson::{BlockPlan, DType, Result};
 
 use super::{
     measure::Measured,
@@ -75,10 +75,12 @@ pub fn measured(row: &mut Row, m: &Measured, work: Work) {
 }
 
 /// The greatest limits of the machine that were measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// f32 FMA operations per second.
     pub peak_flops: f64,
+    /// Operations per second on bf16.
+    pub bf16_peak_flops: f64,
     /// Bytes per second.
     pub bandwidth: f64,
 }
@@ -89,18 +91,30 @@ impl Limits {
     /// # Errors
     /// `OutOfMemory`.
     pub fn measure(session: &Session) -> Result<Self> {
-        Ok(Limits { peak_flops: session.context.measure_peak(), bandwidth: session.context.measure_bandwidth()? })
+        let peak = |dtype| session.context.measure_peak(dtype);
+        let bandwidth = session.context.measure_bandwidth()?;
+        Ok(Limits { peak_flops: peak(DType::F32), bf16_peak_flops: peak(DType::BF16), bandwidth })
+    }
+
+    /// Operations per second that bind.
+    pub fn peak(self, bf16: bool) -> f64 {
+        if bf16 { self.bf16_peak_flops } else { self.peak_flops }
     }
 
     /// The greater of each: what else ran on the machine can only lower a measurement.
     pub fn max(self, other: Self) -> Self {
-        Limits { peak_flops: self.peak_flops.max(other.peak_flops), bandwidth: self.bandwidth.max(other.bandwidth) }
+        Limits {
+            peak_flops: self.peak_flops.max(other.peak_flops),
+            bf16_peak_flops: self.bf16_peak_flops.max(other.bf16_peak_flops),
+            bandwidth: self.bandwidth.max(other.bandwidth),
+        }
     }
 
     /// Fills in each row's share of the limit that binds; none where it is exceeded, as by data that stays in a cache.
     pub fn fill_shares(self, rows: &mut [Row]) {
         for row in rows {
-            let compute = row.gflops.map_or(0.0, |v| v * 1e9 / self.peak_flops);
+            let bf16 = row.dtype == DType::BF16.name();
+            let compute = row.gflops.map_or(0.0, |v| v * 1e9 / self.peak(bf16));
             row.limit_share = row.gbps.map(|v| compute.max(v * 1e9 / self.bandwidth)).filter(|&s| s <= 1.0);
         }
     }

@@ -193,17 +193,23 @@ pub struct Spot {
 }
 
 /// Points under a roof of `peak` GFLOP/s and `bandwidth` GB/s. `None` without points.
-pub fn roofline(label: &str, peak: Option<f64>, bandwidth: Option<f64>, spots: &[Spot]) -> Option<String> {
+pub fn roofline(label: &str, peaks: &[(&str, f64)], bandwidth: Option<f64>, spots: &[Spot]) -> Option<String> {
     const BOTTOM: f64 = 300.0;
     const RADIUS: f64 = 7.5;
     let spots: Vec<&Spot> = spots.iter().filter(|s| usable(s.at.0, Spread::Log) && usable(s.at.1, Spread::Log)).collect();
     if spots.is_empty() {
         return None;
     }
-    let ridge = peak.zip(bandwidth).map(|(p, b)| p / b);
-    let x_domain = extent(spots.iter().map(|s| s.at.0).chain(ridge).chain(ridge.map(|r| r / 8.0)), Spread::Log, 0.08)?;
+    let peak = peaks.iter().map(|p| p.1).reduce(f64::max);
+    let ridge_of = |peak: f64| bandwidth.map(|b| peak / b);
+    let ridge = peak.and_then(ridge_of);
+    let x_domain = extent(
+        spots.iter().map(|s| s.at.0).chain(ridge).chain(peaks.iter().filter_map(|p| ridge_of(p.1)).map(|r| r / 8.0)),
+        Spread::Log,
+        0.08,
+    )?;
     let low_roof = bandwidth.map(|b| b * x_domain.0).filter(|v| peak.is_none_or(|p| *v < p));
-    let mut y_domain = extent(spots.iter().map(|s| s.at.1).chain(peak).chain(low_roof), Spread::Log, 0.06)?;
+    let mut y_domain = extent(spots.iter().map(|s| s.at.1).chain(peaks.iter().map(|p| p.1)).chain(low_roof), Spread::Log, 0.06)?;
     y_domain.1 *= 1.3;
     let x = Axis { title: "FLOP per compulsory byte", spread: Spread::Log, format: format::plain };
     let y = Axis { title: "GFLOP/s", spread: Spread::Log, format: format::plain };
@@ -213,12 +219,12 @@ pub fn roofline(label: &str, peak: Option<f64>, bandwidth: Option<f64>, spots: &
     let place = |(a, b): (f64, f64)| (frame.x.at(a), frame.y.at(b));
     let mut roof: Vec<(f64, f64)> = Vec::new();
 
-    if let Some(peak) = peak {
-        let from = place((ridge.unwrap_or(x_domain.0).max(x_domain.0), peak));
+    for &(dtype, peak) in peaks {
+        let from = place((ridge_of(peak).unwrap_or(x_domain.0).max(x_domain.0), peak));
         let to = place((x_domain.1, peak));
         svg.line(from, to, "roof");
         roof.extend(along(from, to));
-        let text = format!("f32 peak {}", format::gflops(peak));
+        let text = format!("{dtype} peak {}", format::gflops(peak));
         // Left of the ridge nothing can lie at this height.
         if from.0 - text_width(&text) > frame.left + 8.0 {
             svg.text((from.0 - 6.0, from.1 + 4.0), Anchor::End, "note", &text);

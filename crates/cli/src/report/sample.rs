@@ -19,6 +19,7 @@ pub fn machine() -> Machine {
         l3_bytes: Some(105 << 20),
         memory_bytes: Some(16 << 30),
         peak_gflops: Some(409.0),
+        bf16_peak_gflops: Some(880.0),
         bandwidth_gbps: Some(24.3),
         os: Some("Linux 6.8 x86_64".to_owned()),
         commit: Some("3f9c1e2".to_owned()),

@@ -61,6 +61,7 @@ pub fn machine(m: &Machine) -> Section {
     fact("Caches", Some(caches.join(" · ")));
     fact("Memory", bytes(m.memory_bytes));
     fact("Measured peak, f32", m.peak_gflops.filter(|v| v.is_finite()).map(format::gflops));
+    fact("Measured peak, bf16", m.bf16_peak_gflops.filter(|v| v.is_finite()).map(format::gflops));
     let bandwidth = m.bandwidth_gbps.filter(|v| v.is_finite());
     fact("Measured bandwidth", bandwidth.map(|v| format!("{} GB/s", format::sig3(v))));
     fact("System", m.os.clone());
@@ -157,13 +158,18 @@ pub fn remarks(rows: &[&Row]) -> Option<Block> {
     (!found.is_empty()).then(|| Block::Text { text: format!("{}.", found.join("; ")) })
 }
 
+/// The peak that binds a row, and the dtype it was measured with.
+fn peak_of(row: &Row, m: &Machine) -> (&'static str, Option<f64>) {
+    if row.dtype == "bf16" && m.bf16_peak_gflops.is_some() { ("bf16", m.bf16_peak_gflops) } else { ("f32", m.peak_gflops) }
+}
+
 /// The share of the limit that binds, or why there is none.
 fn limit_share(row: &Row, m: &Machine) -> Option<String> {
     let above = |v: Option<f64>, limit: Option<f64>| v.zip(limit).is_some_and(|(v, limit)| v > limit);
     match row.limit_share {
         Some(share) => Some(format::percent(share)),
         None if above(row.gbps, m.bandwidth_gbps) => Some("data was in cache".to_owned()),
-        None if above(row.gflops, m.peak_gflops) => Some("above the f32 peak".to_owned()),
+        None if above(row.gflops, peak_of(row, m).1) => Some(format!("above the {} peak", peak_of(row, m).0)),
         None => None,
     }
 }
@@ -376,20 +382,28 @@ pub fn length(run: &Run<'_>) -> Section {
 pub fn roofline(run: &Run<'_>) -> Section {
     let m = &run.results.machine;
     let limit = |v: Option<f64>| v.filter(|v| v.is_finite() && *v > 0.0);
-    let (peak, bandwidth) = (limit(m.peak_gflops), limit(m.bandwidth_gbps));
+    let bandwidth = limit(m.bandwidth_gbps);
+    // A roof for each kind of row.
+    let mut peaks: Vec<(&str, f64)> = Vec::new();
+    for (dtype, peak) in run.results.results.iter().map(|r| peak_of(r, m)) {
+        if let Some(peak) = limit(peak).filter(|_| peaks.iter().all(|p| p.0 != dtype)) {
+            peaks.push((dtype, peak));
+        }
+    }
     let mut spots: Vec<Spot> = Vec::new();
     let mut table = Table::new("", &["#no.", "what", "#FLOP/byte", "#GFLOP/s", "#share"]);
-    let mut add = |what: String, class: &str, flops: f64, bytes: f64, time_ms: f64| {
+    let mut add = |what: String, class: &str, flops: f64, bytes: f64, time_ms: f64, row: &Row| {
         let (intensity, rate) = (flops / bytes, flops / time_ms * 1e-6);
         if !(intensity.is_finite() && rate.is_finite() && intensity > 0.0 && rate > 0.0) {
             return;
         }
         let number = spots.len() + 1;
-        let roof = [peak, bandwidth.map(|b| b * intensity)].into_iter().flatten().reduce(f64::min);
+        let (dtype, peak) = peak_of(row, m);
+        let roof = [limit(peak), bandwidth.map(|b| b * intensity)].into_iter().flatten().reduce(f64::min);
         let memory_binds = bandwidth.is_some_and(|b| roof == Some(b * intensity));
         let share = match roof.map(|r| rate / r) {
             Some(share) if share > 1.0 && memory_binds => "data was in cache".to_owned(),
-            Some(share) if share > 1.0 => "above the f32 peak".to_owned(),
+            Some(share) if share > 1.0 => format!("above the {dtype} peak"),
             share => or_dash(share, format::percent),
         };
         let of = if share.ends_with('%') { " of the roof" } else { "" };
@@ -405,16 +419,17 @@ pub fn roofline(run: &Run<'_>) -> Section {
             real(flops),
             gbps * time * 1e6,
             time,
+            row,
         );
     }
     if let Some(row) = featured(run).last() {
         for step in &row.steps_table {
             let (Some(flops), Some(bytes), Some(time)) = (step.flops, step.bytes, step.median_ms) else { continue };
-            add(format!("kernel {} ({})", step.kernel, step.op), "c-kernel", real(flops), real(bytes), time);
+            add(format!("kernel {} ({})", step.kernel, step.op), "c-kernel", real(flops), real(bytes), time, row);
         }
     }
     let label = "Roofline: GFLOP/s against FLOP per byte of each measurement, under measured peak and bandwidth";
-    let blocks = match charts::roofline(label, peak, bandwidth, &spots) {
+    let blocks = match charts::roofline(label, &peaks, bandwidth, &spots) {
         Some(svg) => {
             let caption =
                 "each level's largest shape; bytes that must move once (weights, x, y, valid cache); share is of the roof above"

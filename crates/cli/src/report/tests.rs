@@ -83,6 +83,7 @@ fn the_full_page_has_every_section_filled() {
         "maximal pays from S = 256",
         "moderate pays from S = 512",
         "f32 peak 409 GFLOP/s",
+        "bf16 peak 880 GFLOP/s",
         "8488C",
     ] {
         assert!(page.contains(text), "{text}");

@@ -254,6 +254,12 @@ unsafe fn query_rows<S: Simd, const M: usize, const NV: usize, const ROWS_ADJACE
     }
 }
 
+/// What dot products can do when nothing else is asked of them: `rounds` × [`Simd::DOT_PROBE_FLOPS`] operations.
+#[inline(always)]
+pub fn dot_probe<S: Simd>(s: S, rounds: usize) -> f32 {
+    s.dot_probe(rounds)
+}
+
 /// `rounds` × 64 × 2 × LANES operations in independent chains: what the FMA ports can do when nothing else is asked of them.
 #[inline(always)]
 pub fn fma_probe<S: Simd>(s: S, rounds: usize) -> f32 {

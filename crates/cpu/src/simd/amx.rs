@@ -157,4 +157,23 @@ impl Dots for Tiles {
             unsafe { asm!("tilerelease", options(nostack, nomem)) };
         }
     }
+    const PROBE_FLOPS: usize = 4 * TILE * TILE * DOT_STEPS * 2;
+    #[inline(always)]
+    unsafe fn probe(rounds: usize) -> f32 {
+        // SAFETY: the processor has AMX-BF16; configuring the tiles empties them.
+        unsafe {
+            configure(2 * TILE);
+            for _ in 0..rounds {
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    options(nostack, nomem)
+                );
+            }
+            asm!("tilerelease", options(nostack, nomem));
+        }
+        0.0
+    }
 }

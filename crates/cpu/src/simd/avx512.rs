@@ -31,6 +31,12 @@ pub trait Dots: Copy + Send + Sync + 'static {
     unsafe fn dots(state: &mut DotState, t: &DotTile);
     /// [`Simd::end_dots`].
     fn end(state: DotState);
+    /// [`Simd::DOT_PROBE_FLOPS`].
+    const PROBE_FLOPS: usize;
+    /// [`Simd::dot_probe`].
+    /// # Safety
+    /// The processor has what `Self` asks for.
+    unsafe fn probe(rounds: usize) -> f32;
 }
 
 /// As f32.
@@ -43,6 +49,10 @@ impl Dots for Widened {
         unreachable!("no dot products on this instruction set")
     }
     fn end(_: DotState) {}
+    const PROBE_FLOPS: usize = 0;
+    unsafe fn probe(_: usize) -> f32 {
+        unreachable!("no dot products on this instruction set")
+    }
 }
 
 /// In pairs, by `vdpbf16ps`. The processor has AVX-512 BF16.
@@ -74,6 +84,26 @@ impl Dots for Pairs {
         }
     }
     fn end(_: DotState) {}
+
+    const PROBE_FLOPS: usize = 16 * 16 * 2 * 2;
+    #[inline(always)]
+    unsafe fn probe(rounds: usize) -> f32 {
+        // SAFETY: the processor has AVX-512 BF16; ½ in each element.
+        unsafe {
+            let x: __m512bh = core::mem::transmute(_mm512_set1_epi32(0x3f00_3f00));
+            let mut acc = [_mm512_setzero_ps(); 16];
+            for _ in 0..rounds {
+                for v in &mut acc {
+                    *v = _mm512_dpbf16_ps(*v, x, x);
+                }
+            }
+            let mut sum = acc[0];
+            for v in &acc[1..] {
+                sum = _mm512_add_ps(sum, *v);
+            }
+            _mm512_reduce_add_ps(sum)
+        }
+    }
 }
 
 /// Whether `vdpbf16ps` multiplies more than an f32 FMA: twice as much on AMD's processors, half as much on Intel's.
@@ -136,6 +166,7 @@ impl<D: Dots> Simd for Avx512<D> {
     const MR: usize = 12;
     const QUERY_ROWS: usize = 8;
     const DOT_ROWS: usize = D::ROWS;
+    const DOT_PROBE_FLOPS: usize = D::PROBE_FLOPS;
     type F = __m512;
 
     ops! {
@@ -164,6 +195,11 @@ impl<D: Dots> Simd for Avx512<D> {
     unsafe fn dots(self, state: &mut DotState, t: &DotTile) {
         // SAFETY: the caller's; the token proves what D asks for.
         unsafe { D::dots(state, t) }
+    }
+    #[inline(always)]
+    fn dot_probe(self, rounds: usize) -> f32 {
+        // SAFETY: the token proves what D asks for.
+        unsafe { D::probe(rounds) }
     }
     #[inline(always)]
     fn end_dots(self, state: DotState) {

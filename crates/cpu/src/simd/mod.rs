@@ -61,6 +61,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const QUERY_ROWS: usize;
     /// Most rows of a tile of bf16 dot products; 0 where there are none and kernels widen bf16 to f32.
     const DOT_ROWS: usize = 0;
+    /// Operations of a round of [`Simd::dot_probe`].
+    const DOT_PROBE_FLOPS: usize = 0;
     /// `LANES` f32.
     type F: Copy;
 
@@ -108,6 +110,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// A is readable as [rows, blocks · DOT_STEPS] bf16, B as [blocks · DOT_STEPS, DOT_COLUMNS] bf16, C writable (and readable, when
     /// accumulating) as [rows, DOT_COLUMNS]. `DOT_ROWS` is not 0.
     unsafe fn dots(self, _state: &mut DotState, _t: &DotTile) {
+        unreachable!("no dot products on this instruction set")
+    }
+    /// `rounds` × [`Simd::DOT_PROBE_FLOPS`] operations of dot products whose operands stay in registers.
+    fn dot_probe(self, _rounds: usize) -> f32 {
         unreachable!("no dot products on this instruction set")
     }
     /// Gives tile registers back.
