@@ -27,7 +27,7 @@ const fn row_block(dtype: DType) -> usize {
 /// Rows and columns that a GEMM's work item has at most, some padding aside.
 const GEMM_TILE: usize = 256;
 /// Queries of an attention's work item, the heads of a group together: they share the packing of K and V.
-const QUERY_LANES: usize = 288;
+const QUERY_LANES: usize = 384;
 /// Rows of the smallest part that a split attention is worth.
 const LEAST_SPLIT: usize = 256;
 /// Work items that keep any sensible number of threads busy; a constant, so that results do not depend on the threads.

@@ -1,7 +1,8 @@
 //! Attention of one query over a long cache: all query heads of a group share every row of K and V that is read.
 //!
 //! Bytes 2·D·L·size for each key/value head, each once; operations 4·D·L·H/G. With f32 that is H/G operations a byte: memory
-//! binds up to some ten heads a group. Keys stand one after another (dot products along D), values in the lanes.
+//! binds up to some ten heads a group. Scores are dot products along D, LANES of them summed across their lanes at once; values stand in
+//! the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time.
 
 use lawson_core::problem::AttentionSpec;
 

@@ -1,10 +1,10 @@
 //! The register tile: C[M, N] (+)= A[M, k] · B[k, N], with scalars of A broadcast and B read along its lanes.
 //!
 //! Operations 2·M·N·k; bytes read from first-level cache (M + N)·k·4. With M = MR rows and N = 2·LANES columns an AVX-512 step
-//! needs 24 FMAs and 14 loads, so that two FMA ports stay busy with two load ports. Every product of the block runs here: the
-//! GEMMs (A packed activations, B packed weights), scores (A rows of K, B transposed queries), weighted values (A rows of V, B
-//! transposed probabilities) and decode (A probabilities, B rows of V). Each element of C sums over k in order and is then added to C, whatever M
-//! and N.
+//! needs 24 FMAs and 14 loads, so that two FMA ports stay busy with two load ports. The GEMMs run here (A packed activations, B
+//! packed weights) and the unfused levels' scores (A rows of K, B transposed queries) and weighted values (A rows of V, B transposed
+//! probabilities). Each element of C sums over k in order and is then added to C, whatever M and N. Tiled attention has
+//! [`query_tile`], with fewer rows and a third vector: 24 FMAs and 11 loads.
 
 use crate::simd::{Elem, Simd};
 
