@@ -40,7 +40,7 @@ pub struct Global {
 }
 
 impl Global {
-    /// The context that the flags ask for, on the instruction set of `LAWSON_ISA` or the widest there is.
+    /// The context that the flags ask for, on the instruction set of `LAWSON_ISA` or the fastest there is.
     pub fn context(&self) -> Result<Context> {
         self.context_on(None)
     }

@@ -1,6 +1,6 @@
 //! What a step is predicted to take: the greater of its bytes over the bandwidth and its operations over the rate, plus a launch.
 
-use lawson_core::kernel::MachineProfile;
+use lawson_core::{DType, kernel::MachineProfile};
 
 /// Operations and bytes of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -13,13 +13,14 @@ pub struct Cost {
     pub launches: usize,
 }
 
-/// The share of the FMA peak that a product reaches; a prior that measurement replaces.
+/// The share of the peak that a product reaches; a prior that measurement replaces.
 const PRODUCT_EFFICIENCY: f64 = 0.75;
 
 impl Cost {
-    /// Predicted seconds on `machine`.
-    pub fn seconds(&self, machine: &MachineProfile) -> f64 {
-        let compute = self.flops / (machine.peak_flops * PRODUCT_EFFICIENCY);
+    /// Predicted seconds on `machine` with products of `dtype`.
+    pub fn seconds(&self, machine: &MachineProfile, dtype: DType) -> f64 {
+        let peak = if dtype == DType::BF16 { machine.bf16_peak_flops } else { machine.peak_flops };
+        let compute = self.flops / (peak * PRODUCT_EFFICIENCY);
         compute.max(self.bytes / machine.bandwidth) + self.launches as f64 * machine.launch_seconds
     }
 }

@@ -187,8 +187,8 @@ impl Draft<'_> {
         self.stages.push(Stage { row_block, steps: Vec::new() });
     }
 
-    fn kernel(&self, op: KernelOp) -> String {
-        find(self.planner.kernels, op, self.problem.dtype).map_or_else(|| op.name().to_string(), ToString::to_string)
+    fn kernel(&self, op: KernelOp, dtype: DType) -> String {
+        find(self.planner.kernels, op, dtype).map_or_else(|| op.name().to_string(), ToString::to_string)
     }
 
     /// The kernel of `op`'s register tile, rows by columns.
@@ -267,16 +267,21 @@ impl Draft<'_> {
         if let Op::Attention(t) = op {
             self.scratch = self.scratch.max(self.planner.scratch.attention(self.problem, t.query_tile));
         }
+        let attends = matches!(
+            op,
+            Op::Attention(_) | Op::MergeSplits(_) | Op::Scores | Op::WeightedValues | Op::TransposeQ | Op::TransposeO
+        );
+        let dtype = if attends { attention_dtype(&self.problem.attention()) } else { self.problem.dtype };
         let mut cost = self.cost(&op, reads, writes);
         cost.launches = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
         let step = Step {
             op,
-            kernel: self.kernel(kernel),
+            kernel: self.kernel(kernel, dtype),
             reads: reads.to_vec(),
             writes: writes.to_vec(),
             flops: cost.flops,
             bytes: cost.bytes,
-            seconds: cost.seconds(self.planner.machine),
+            seconds: cost.seconds(self.planner.machine, dtype),
             why: why.into(),
         };
         if let Some(stage) = self.stages.last_mut() {
@@ -465,7 +470,7 @@ impl Draft<'_> {
     }
 
     fn tiles(&self) -> TiledAttention {
-        attention_tiles(&self.problem.attention(), self.planner.kernels)
+        attention_tiles(&self.problem.attention(), self.planner.kernels, self.rows())
     }
 
     fn attention(&mut self) {
@@ -550,16 +555,26 @@ fn find(kernels: &[KernelInfo], op: KernelOp, dtype: DType) -> Option<&KernelInf
     kernels.iter().find(|k| k.op == op && k.dtypes.contains(&dtype))
 }
 
+/// The dtype whose kernel attends: where q and the cache differ, the one that widens both.
+fn attention_dtype(problem: &AttentionProblem) -> DType {
+    if problem.dtype == problem.kv_dtype { problem.dtype } else { DType::F32 }
+}
+
 /// Queries of an attention work item, and the parts that keys are split into when there are too few items otherwise. A function of the
-/// problem and the kernels alone, never of the threads, so that results do not depend on them.
-pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo]) -> TiledAttention {
+/// problem, the `rows` of a launch and the kernels alone, never of the threads, so that results do not depend on them.
+pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo], rows: usize) -> TiledAttention {
     let (a, batch) = (&problem.spec, &problem.batch);
-    // Where q and the cache differ, the kernel that widens both runs.
-    let dtype = if problem.dtype == problem.kv_dtype { problem.dtype } else { DType::F32 };
-    let strip = find(kernels, KernelOp::AttentionPrefill, dtype).map_or(1, |k| k.tile_columns);
-    // Some strips take turns at each tile of K and V; heads of a group share them.
-    let lanes = QUERY_LANES.next_multiple_of(strip);
-    let query_tile = if batch.max_new() == 1 { 0 } else { lanes.div_ceil(a.group()).clamp(1, batch.max_new()) };
+    let strip = find(kernels, KernelOp::AttentionPrefill, attention_dtype(problem)).map_or(1, |k| k.tile_columns);
+    // Some strips take turns at each tile of K and V; heads of a group share them. Fewer where a launch would have too few items.
+    let launched = rows.min(batch.tokens());
+    let mut lanes = QUERY_LANES.next_multiple_of(strip);
+    while lanes > strip && launched.div_ceil((lanes / a.group()).max(1)) * a.kv_heads < ENOUGH_ITEMS / 4 {
+        lanes = (lanes / 2).next_multiple_of(strip);
+    }
+    // Tiles of equal size, in whole strips: a small one among large ones would leave threads waiting.
+    let most = rows.min(batch.max_new()) * a.group();
+    lanes = most.div_ceil(most.div_ceil(lanes)).next_multiple_of(strip);
+    let query_tile = if batch.max_new() == 1 { 0 } else { (lanes / a.group()).clamp(1, batch.max_new()) };
     let items: usize = batch.new_tokens().iter().map(|n| n.div_ceil(query_tile.max(1)) * a.kv_heads).sum();
     let longest = batch.max_len();
     // Parts cost memory and a merge; many queries give work enough sooner than one does.

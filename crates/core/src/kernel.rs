@@ -81,6 +81,8 @@ pub struct MachineProfile {
     pub l2_bytes: usize,
     /// Floating-point operations per second of all threads, f32 FMA.
     pub peak_flops: f64,
+    /// Floating-point operations per second of all threads on bf16.
+    pub bf16_peak_flops: f64,
     /// Bytes per second read from memory by all threads.
     pub bandwidth: f64,
     /// Seconds to start and join a parallel step.

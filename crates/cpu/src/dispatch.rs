@@ -116,7 +116,7 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// Packs MR rows of x for a GEMM.
+    /// Packs a group of rows of x for a GEMM.
     pack_x(p: &PackX, group: usize) = gemm::pack_x;
     /// One work item of a GEMM.
     gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;

@@ -17,6 +17,7 @@ pub struct PackedMatrix {
     n: usize,
     k: usize,
     tile_columns: usize,
+    panel: usize,
     pairs: bool,
 }
 
@@ -67,7 +68,12 @@ impl PackedMatrix {
                 }
             });
         });
-        Ok(PackedMatrix { bytes, dtype, n, k, tile_columns, pairs })
+        Ok(PackedMatrix { bytes, dtype, n, k, tile_columns, panel, pairs })
+    }
+
+    /// Whether the GEMM of `kernels` reads this layout.
+    pub fn fits(&self, kernels: &Kernels) -> bool {
+        self.panel == kernels.panel() && self.pairs == kernels.multiplies_pairs(self.dtype)
     }
 
     /// What kernels read.

@@ -59,7 +59,7 @@ pub struct ContextOptions {
     pub device: Device,
     /// CPU threads; as many as the process may use when `None`.
     pub threads: Option<usize>,
-    /// Instruction set; the widest of this processor, or what `LAWSON_ISA` names, when `None`.
+    /// Instruction set; the fastest of this processor, or what `LAWSON_ISA` names, when `None`.
     pub isa: Option<Isa>,
 }
 
@@ -104,7 +104,7 @@ fn planned_past(past: usize, new: usize) -> usize {
 }
 
 impl Context {
-    /// The CPU with all threads of this process and its widest instruction set.
+    /// The CPU with all threads of this process and its fastest instruction set.
     ///
     /// # Errors
     /// `InvalidInput` or `Unavailable` when `LAWSON_ISA` names what is unknown or missing; `Device` when no thread can be started.

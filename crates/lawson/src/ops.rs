@@ -106,7 +106,7 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
         m.check(b, s.heads, lengths.max_new(), longest)?;
     }
     let strides = args.k.strides();
-    let tiles = lawson_compiler::attention_tiles(&problem, context.kernels());
+    let tiles = lawson_compiler::attention_tiles(&problem, context.kernels(), problem.batch.tokens());
     let a = Attention {
         spec: s,
         q: rows(&args.q, s.q_dim()),
@@ -323,7 +323,7 @@ impl QkvWeights {
 /// The three projections of x `[T, E]`: q `[T, H·D]`, k and v `[T, G·D]`; as one GEMM when `fused`, else one after another.
 ///
 /// # Errors
-/// `InvalidInput` when a shape or dtype does not fit, `OutOfMemory`.
+/// `InvalidInput` when a shape or dtype does not fit or the weights were packed by a context with another instruction set, `OutOfMemory`.
 pub fn qkv_projection(
     context: &Context,
     x: &TensorRef<'_>,
@@ -332,6 +332,9 @@ pub fn qkv_projection(
     fused: bool,
 ) -> Result<()> {
     let cpu = &context.0.cpu;
+    if weights.parts.iter().any(|p| !p.fits(&cpu.kernels)) {
+        return Err(Error::invalid(format!("the weights were packed for another instruction set than {}", cpu.kernels.isa)));
+    }
     let k = weights.parts[0].weights().k;
     let (&[tokens, width], true) = (x.shape(), x.is_contiguous() && x.dtype() == weights.dtype) else {
         return Err(shape_error("x", x, &format!("contiguous [T, {k}] in {}", weights.dtype)));

@@ -9,8 +9,8 @@ use lawson_core::{
 
 use crate::rng::Rng;
 
-/// Lengths around the edges of tiles of 16, 32 and 64 rows: t − 1, t, t + 1, 2t + 1, and 0 and 1.
-pub const EDGES: [usize; 12] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129];
+/// Lengths around the edges of tiles of 16, 32, 48, 64 and 128 rows: t − 1, t, t + 1, 2t + 1, and 0 and 1.
+pub const EDGES: [usize; 15] = [0, 1, 15, 16, 17, 31, 32, 33, 47, 49, 63, 64, 65, 127, 129];
 
 /// Head dimensions in use, and one that is odd.
 pub const HEAD_DIMS: [usize; 9] = [16, 32, 33, 64, 80, 96, 112, 128, 256];

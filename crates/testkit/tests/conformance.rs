@@ -118,6 +118,7 @@ impl Backend for Honest {
             l1_bytes: 1,
             l2_bytes: 1,
             peak_flops: 1.0,
+            bf16_peak_flops: 1.0,
             bandwidth: 1.0,
             launch_seconds: 0.0,
         }

@@ -160,7 +160,11 @@ pub fn remarks(rows: &[&Row]) -> Option<Block> {
 
 /// The peak that binds a row, and the dtype it was measured with.
 fn peak_of(row: &Row, m: &Machine) -> (&'static str, Option<f64>) {
-    if row.dtype == "bf16" && m.bf16_peak_gflops.is_some() { ("bf16", m.bf16_peak_gflops) } else { ("f32", m.peak_gflops) }
+    if row.dtype == lawson::DType::BF16.name() && m.bf16_peak_gflops.is_some() {
+        ("bf16", m.bf16_peak_gflops)
+    } else {
+        ("f32", m.peak_gflops)
+    }
 }
 
 /// The share of the limit that binds, or why there is none.
@@ -243,7 +247,7 @@ pub fn block(run: &Run<'_>) -> Section {
         });
         let launches = |c: &Config<'_>, level: &str| c.rows.iter().find(|r| r.level == level).and_then(|r| r.launches);
         if configs.iter().any(|c| launches(c, "moderate").zip(launches(c, "maximal")).is_some_and(|(a, b)| b > a)) {
-            let text = "maximal works through blocks of 256 tokens, so it has more launches than moderate, and less memory.";
+            let text = "maximal works through the tokens block by block, so it has more launches than moderate, and less memory.";
             blocks.push(Block::Text { text: text.to_owned() });
         }
         if !figures.is_empty() {
@@ -386,7 +390,8 @@ pub fn roofline(run: &Run<'_>) -> Section {
     // A roof for each kind of row.
     let mut peaks: Vec<(&str, f64)> = Vec::new();
     for (dtype, peak) in run.results.results.iter().map(|r| peak_of(r, m)) {
-        if let Some(peak) = limit(peak).filter(|_| peaks.iter().all(|p| p.0 != dtype)) {
+        // Peaks that differ by no more than two measurements of one do share a roof.
+        if let Some(peak) = limit(peak).filter(|v| peaks.iter().all(|p| p.0 != dtype && (v / p.1 - 1.0).abs() > 0.1)) {
             peaks.push((dtype, peak));
         }
     }

@@ -49,7 +49,7 @@ struct Layout {
     scores: usize,
     /// V in panels of `QUERY_ROWS` dimensions [panel, PANEL, QUERY_ROWS].
     v: usize,
-    /// K as f32 [KEYS, D], where the cache has another dtype; then the last rows of K up to a whole register tile [QUERY_ROWS, D].
+    /// K as f32 [KEYS + QUERY_ROWS, D], where the cache has another dtype; else the last rows of K up to a whole register tile.
     k: usize,
     /// LANES rows [LANES, depth] or two squares of LANES on their way through a transpose.
     rows: usize,
@@ -370,7 +370,7 @@ pub(super) unsafe fn strip_mask(
     let (mut any, mut all) = (false, true);
     for line in &mut lines[..strip.lanes] {
         *line = mask.row(sequence, lanes.head0 + head, lanes.index0 + query).wrapping_add(rows.start);
-        // SAFETY: the mask has a byte for every row of the cache that a query may see.
+        // SAFETY: each row of the mask has a byte for every row of the longest sequence.
         let bytes = unsafe { std::slice::from_raw_parts(*line, rows.len()) };
         let set = bytes.iter().map(|&b| u32::from(b != 0)).sum::<u32>() as usize;
         any |= set > 0;

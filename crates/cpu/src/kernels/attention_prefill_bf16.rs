@@ -1,4 +1,4 @@
-//! [`super::attention_prefill`] in bf16 by dot products: K is read where it lies, V goes through a transpose, probabilities are rounded.
+//! [`super::attention_prefill`] in bf16 by dot products: K is read where it lies (padded where D is not whole blocks), V goes through a transpose, probabilities are rounded.
 //!
 //! A strip is one panel of B: qᵀ in pairs of dimensions, then probabilities in pairs of keys. Operations 4·D for each visible (query,
 //! key, head), some 10 for the exponential; bytes: K and V once for each item, whose strips share the transposed V. With tiles of
@@ -47,7 +47,7 @@ struct Layout {
     v: usize,
     /// K [KEYS, depth], bf16, where D is not whole blocks.
     k: usize,
-    /// Rows on their way through a transpose: LANES of q or o, two squares of pairs of V.
+    /// Rows on their way through a transpose: LANES of q or o, a square of pairs of V, two squares of a mask.
     rows: usize,
     /// All of it.
     len: usize,

@@ -76,7 +76,7 @@ pub struct PackX {
 
 /// Packs one group of rows.
 /// # Safety
-/// `p` describes valid memory: x readable, packed writable as [rows, k]; no other item packs this group.
+/// `p` describes valid memory: x readable, packed writable as [rows, k up to whole blocks]; no other item packs this group.
 #[inline(always)]
 pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
     if p.pairs {
@@ -107,7 +107,7 @@ pub unsafe fn pack_x<S: Simd>(s: S, p: &PackX, group: usize) {
             }
             let mut columns = [[0f32; 16]; 16];
             for r0 in (0..rows).step_by(S::LANES) {
-                s.transpose(lanes[r0].as_ptr(), 16, columns[0].as_mut_ptr(), 16);
+                s.transpose(lanes.as_ptr().cast::<f32>().add(r0 * 16), 16, columns.as_mut_ptr().cast::<f32>(), 16);
                 let count = S::LANES.min(rows - r0);
                 for (j, column) in columns.iter().enumerate().take(n) {
                     let (to, column) = (out.add((i + j) * rows + r0), s.load(column.as_ptr()));
@@ -134,7 +134,10 @@ unsafe fn pack_blocks<S: Simd>(s: S, p: &PackX, group: usize) {
     unsafe {
         for r in 0..rows {
             let x = p.x.at(p.first + first + r, 0);
-            let scale = s.splat(p.norm.map_or(1.0, |(_, eps)| inverse_rms(s, p.x.dtype, x, p.k, eps)));
+            let scale = match p.norm {
+                Some((_, eps)) => s.splat(inverse_rms(s, p.x.dtype, x, p.k, eps)),
+                None => s.splat(1.0),
+            };
             for i in (0..p.k.next_multiple_of(DOT_STEPS)).step_by(S::LANES) {
                 let mut v = s.splat(0.0);
                 if i < p.k {

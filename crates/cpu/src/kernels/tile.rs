@@ -35,7 +35,7 @@ const LINE: usize = 16;
 /// Steps of the unrolled loop.
 pub const UNROLL: usize = 2;
 
-/// Memory that later tiles read, fetched into second-level cache a line at every [`UNROLL`] steps: start, and bytes between lines.
+/// Memory that later tiles read, fetched into second-level cache: start, and bytes that [`UNROLL`] steps fetch.
 pub type Fetch = [(*const u8, usize); 2];
 
 #[inline(always)]
@@ -238,7 +238,8 @@ unsafe fn query_rows<S: Simd, const M: usize, const NV: usize, const ROWS_ADJACE
             step!(0);
         }
         if let Some(scale) = t.scale {
-            for (j, scale) in (0..NV).map(|j| (j, s.load(scale.add(j * S::LANES)))) {
+            for j in 0..NV {
+                let scale = s.load(scale.add(j * S::LANES));
                 for (i, row) in acc.iter().enumerate() {
                     let c = t.c.add((i * NV + j) * S::LANES);
                     s.store(c, s.fma(s.load(c), scale, row[j]));

@@ -17,9 +17,11 @@ pub fn is_available() -> bool {
         const AMX_BF16: u32 = 1 << 22;
         const AMX_TILE: u32 = 1 << 24;
         #[allow(unused_unsafe, reason = "safe since Rust 1.92")]
-        // SAFETY: a processor with AVX-512, which callers ask for first, has leaf 7; others answer with zeros or another leaf's bits,
-        // and the system then refuses.
-        let features = unsafe { core::arch::x86_64::__cpuid_count(7, 0) }.edx;
+        // SAFETY: every x86-64 processor has CPUID, and leaf 7 was checked for.
+        let features = unsafe {
+            use core::arch::x86_64::{__cpuid_count, __get_cpuid_max};
+            if __get_cpuid_max(0).0 < 7 { 0 } else { __cpuid_count(7, 0).edx }
+        };
         features & AMX_BF16 != 0 && features & AMX_TILE != 0 && request_permission()
     })
 }

@@ -1,4 +1,4 @@
-//! Vectors of f32 and loads of narrower elements; the only place that names `core::arch`.
+//! Vectors of f32, loads of narrower elements and dot products of bf16; the only place that names `core::arch`.
 //!
 //! Kernels are generic over [`Simd`] and marked `#[inline(always)]`; `dispatch` instantiates each once for every instruction set
 //! inside a function with the matching `#[target_feature]`.
