@@ -82,18 +82,15 @@ impl Dots for Tiles {
                 state.rows = t.rows;
             }
             const BLOCK: usize = DOT_STEPS / 2 * 128;
-            let c_stride = t.c_stride * 4;
-            if t.accumulate {
-                asm!(
-                    "tileloadd tmm0, [{c} + {s}*1]",
-                    "tileloadd tmm1, [{c} + {s}*1 + 64]",
-                    c = in(reg) t.c, s = in(reg) c_stride, options(nostack, readonly)
-                );
-            } else {
-                asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
-            }
+            let (c_stride, accumulate) = (t.c_stride * 4, usize::from(t.accumulate));
             if t.rows <= TILE {
                 asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "test {accumulate}, {accumulate}",
+                    "jz 2f",
+                    "tileloadd tmm0, [{c} + {cs}*1]",
+                    "tileloadd tmm1, [{c} + {cs}*1 + 64]",
                     "2:",
                     "tileloadd tmm4, [{a} + {rows}*1]",
                     "tileloadd tmm6, [{b} + {pairs}*1]",
@@ -108,21 +105,22 @@ impl Dots for Tiles {
                     "tilestored [{c} + {cs}*1 + 64], tmm1",
                     a = inout(reg) t.a => _, b = inout(reg) t.b => _, n = inout(reg) t.blocks => _,
                     rows = in(reg) t.row_stride, step = in(reg) t.block_stride, pairs = in(reg) 128usize,
-                    block = const BLOCK, c = in(reg) t.c, cs = in(reg) c_stride, options(nostack)
+                    block = const BLOCK, c = in(reg) t.c, cs = in(reg) c_stride, accumulate = in(reg) accumulate,
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _, options(nostack)
                 );
                 return;
             }
-            let c2 = t.c.wrapping_add(TILE * t.c_stride);
-            if t.accumulate {
-                asm!(
-                    "tileloadd tmm2, [{c} + {s}*1]",
-                    "tileloadd tmm3, [{c} + {s}*1 + 64]",
-                    c = in(reg) c2, s = in(reg) c_stride, options(nostack, readonly)
-                );
-            } else {
-                asm!("tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
-            }
             asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "test {accumulate}, {accumulate}",
+                "jz 2f",
+                "tileloadd tmm0, [{c} + {cs}*1]",
+                "tileloadd tmm1, [{c} + {cs}*1 + 64]",
+                "tileloadd tmm2, [{c2} + {cs}*1]",
+                "tileloadd tmm3, [{c2} + {cs}*1 + 64]",
                 "2:",
                 "tileloadd tmm4, [{a} + {rows}*1]",
                 "tileloadd tmm6, [{b} + {pairs}*1]",
@@ -137,17 +135,17 @@ impl Dots for Tiles {
                 "add {b}, {block}",
                 "dec {n}",
                 "jnz 2b",
+                "tilestored [{c} + {cs}*1], tmm0",
+                "tilestored [{c} + {cs}*1 + 64], tmm1",
+                "tilestored [{c2} + {cs}*1], tmm2",
+                "tilestored [{c2} + {cs}*1 + 64], tmm3",
                 a = inout(reg) t.a => _, a2 = inout(reg) t.a.wrapping_add(TILE * t.row_stride) => _,
                 b = inout(reg) t.b => _, n = inout(reg) t.blocks => _,
                 rows = in(reg) t.row_stride, step = in(reg) t.block_stride, pairs = in(reg) 128usize,
-                block = const BLOCK, options(nostack, readonly)
-            );
-            asm!(
-                "tilestored [{c} + {s}*1], tmm0",
-                "tilestored [{c} + {s}*1 + 64], tmm1",
-                "tilestored [{c2} + {s}*1], tmm2",
-                "tilestored [{c2} + {s}*1 + 64], tmm3",
-                c = in(reg) t.c, c2 = in(reg) c2, s = in(reg) c_stride, options(nostack)
+                block = const BLOCK, c = in(reg) t.c, c2 = in(reg) t.c.wrapping_add(TILE * t.c_stride), cs = in(reg) c_stride,
+                accumulate = in(reg) accumulate,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
+                out("tmm7") _, options(nostack)
             );
         }
     }
