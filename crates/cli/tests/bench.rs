@@ -186,7 +186,7 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     let refuse = |args: &[&str], parts: &[&str]| {
         let output = lawson().arg("bench").args(args).arg("--out").arg(&out).output().expect("the program starts");
         is_refusal(&output, parts);
-        assert!(!out.exists() || fs::read_dir(&out).is_ok_and(|mut d| d.next().is_none()), "{args:?} wrote a report");
+        assert!(!out.exists(), "{args:?} left a folder");
     };
     refuse(&["flux"], &["flux", "softmax", "throughput"]);
     refuse(&["block", "--heads", "6", "--kv-heads", "4"], &["multiple", "6", "4"]);

@@ -164,6 +164,16 @@ fn parse_bytes(text: &str) -> Result<u64> {
 /// `InvalidInput` for a shape that is wrong or does not fit and for a folder that cannot be written, before anything is measured;
 /// `Cancelled` on Ctrl-C. A result that is wrong is exit code 1, after the report was written.
 pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
+    let existed = args.out.exists();
+    let result = measure(args, global);
+    if result.is_err() && !existed {
+        // Only an empty folder goes: what was written stays.
+        let _ = fs::remove_dir(&args.out);
+    }
+    result
+}
+
+fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let shape = args.shape.shape()?;
     let context = global.context()?;
     check_writable(&args.out)?;
