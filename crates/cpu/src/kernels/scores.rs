@@ -206,7 +206,7 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
                 let (k, b) = (k.add(part), strip.q.add(part * width).cast_const());
                 let (steps, accumulate) = (PART.min(d - part), part > 0);
                 let product = Tile { k: steps, a: k, a_stride: stride, b, b_stride: width, c, c_stride: width, accumulate };
-                column::<S, f32, false>(s, n, 2, product);
+                column::<S, false>(s, n, product);
             }
         }
     }
@@ -295,7 +295,7 @@ pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratc
             let b = strip.scores.add(start * width).cast_const();
             let product =
                 Tile { k: n, a: v, a_stride: stride, b, b_stride: width, c: strip.o, c_stride: width, accumulate: start > 0 };
-            column::<S, f32, true>(s, d, 2, product);
+            column::<S, true>(s, d, product);
         }
     }
 }

@@ -101,20 +101,14 @@ unsafe fn exact<S: Simd, B: Elem, const M: usize, const NV: usize, const ROWS_AD
     }
 }
 
-/// C[m, vectors·LANES] (+)= A · B for any m and 1 or 2 vectors: full register tiles, then ever smaller ones.
+/// C[m, 2·LANES] (+)= A · B for any m: full register tiles, then ever smaller ones.
 ///
 /// # Safety
-/// A is readable as [m, k], B as [k, vectors·LANES], C writable (and readable, when accumulating) as [m, vectors·LANES].
+/// A is readable as [m, k], B as [k, 2·LANES], C writable (and readable, when accumulating) as [m, 2·LANES].
 #[inline(always)]
-pub unsafe fn column<S: Simd, B: Elem, const ROWS_ADJACENT: bool>(s: S, m: usize, vectors: usize, t: Tile<B>) {
+pub unsafe fn column<S: Simd, const ROWS_ADJACENT: bool>(s: S, m: usize, t: Tile<f32>) {
     // SAFETY: the caller's.
-    unsafe {
-        if vectors == 2 {
-            rows::<S, B, 2, ROWS_ADJACENT, false>(s, m, t, [(std::ptr::null(), 0); 2]);
-        } else {
-            rows::<S, B, 1, ROWS_ADJACENT, false>(s, m, t, [(std::ptr::null(), 0); 2]);
-        }
-    }
+    unsafe { rows::<S, f32, 2, ROWS_ADJACENT, false>(s, m, t, [(std::ptr::null(), 0); 2]) }
 }
 
 /// C[m, 2·LANES] (+)= A · B with adjacent rows of A, asking for what `fetch` names on the way.
