@@ -15,12 +15,12 @@ use super::{
     attention::{Attention, Item, LOG2_E, finish},
     attention_prefill_bf16,
     rows::{CacheRows, Rows, load_row},
-    tile::{QueryTile, query_tile},
+    tile::query_tile,
 };
 use crate::{
     dispatch::Kernels,
     math::{exp2_share, tanh},
-    simd::Simd,
+    simd::{QueryTile, Simd},
 };
 
 /// Vectors of a strip.

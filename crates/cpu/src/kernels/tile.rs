@@ -6,7 +6,7 @@
 //! probabilities). Each element of C sums over k in order and is then added to C, whatever M and N. Tiled attention has
 //! [`query_tile`], with fewer rows and a third vector: 24 FMAs and 11 loads.
 
-use crate::simd::{Elem, Simd};
+use crate::simd::{Elem, QueryTile, Simd};
 
 /// Operands of one register tile.
 #[derive(Clone, Copy)]
@@ -148,25 +148,6 @@ unsafe fn rows<S: Simd, B: Elem, const NV: usize, const ROWS_ADJACENT: bool, con
     }
 }
 
-/// Operands of one register tile of tiled attention.
-#[derive(Clone, Copy)]
-pub struct QueryTile {
-    /// Steps.
-    pub k: usize,
-    /// A.
-    pub a: *const f32,
-    /// Elements between rows of A, whose steps are adjacent; `None` where its rows are adjacent and `QUERY_ROWS` lie between steps.
-    pub row_stride: Option<usize>,
-    /// B, whose steps are `vectors`·LANES apart.
-    pub b: *const f32,
-    /// C, whose rows are `vectors`·LANES apart.
-    pub c: *mut f32,
-    /// `vectors`·LANES factors that each row of C is multiplied by and then added to; C is overwritten when `None`.
-    pub scale: Option<*const f32>,
-    /// Memory that is read next, and the bytes between what is fetched of it at each step.
-    pub fetch: (*const u8, usize),
-}
-
 /// C[QUERY_ROWS, vectors·LANES] = C · scale + A · B, with 1 to 3 vectors.
 ///
 /// # Safety
@@ -187,6 +168,9 @@ pub unsafe fn query_tile<S: Simd>(s: S, vectors: usize, t: QueryTile) {
     }
     // SAFETY: the caller's.
     unsafe {
+        if vectors == 3 && s.query_tile(&t) {
+            return;
+        }
         match S::QUERY_ROWS {
             8 => by_vectors!(8),
             4 => by_vectors!(4),

@@ -1,10 +1,10 @@
 //! 256-bit vectors.
 
-use core::arch::x86_64::*;
+use core::arch::{asm, x86_64::*};
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{QueryTile, Simd};
 
 /// Proves that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +71,130 @@ impl Simd for Avx2 {
         swap_pairs(v) => _mm256_permute_ps::<0b10_11_00_01>(v);
     }
 
+    /// In assembly because 12 sums, three vectors and a broadcast take all 16 registers: the compiler, left to itself, keeps some of the
+    /// sums in memory.
+    #[inline(always)]
+    unsafe fn query_tile(self, t: &QueryTile) -> bool {
+        macro_rules! row {
+            ($a:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    "vbroadcastss ymm15, [",
+                    $a,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $x,
+                    ", ymm12, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $y,
+                    ", ymm13, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $z,
+                    ", ymm14, ymm15"
+                )
+            };
+        }
+        macro_rules! column {
+            ($op:literal, $at:literal, $w:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    $op,
+                    "[{c} + ",
+                    $at,
+                    "], ymm",
+                    $w,
+                    "\n",
+                    $op,
+                    "[{c} + 96 + ",
+                    $at,
+                    "], ymm",
+                    $x,
+                    "\n",
+                    $op,
+                    "[{c} + 192 + ",
+                    $at,
+                    "], ymm",
+                    $y,
+                    "\n",
+                    $op,
+                    "[{c} + 288 + ",
+                    $at,
+                    "], ymm",
+                    $z
+                )
+            };
+        }
+        macro_rules! scaled {
+            ($at:literal, $w:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    "vmovups ymm12, [{scale} + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $w,
+                    ", ymm12, [{c} + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $x,
+                    ", ymm12, [{c} + 96 + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $y,
+                    ", ymm12, [{c} + 192 + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $z,
+                    ", ymm12, [{c} + 288 + ",
+                    $at,
+                    "]"
+                )
+            };
+        }
+        let (row, step): (usize, usize) = t.row_stride.map_or((4, 16), |stride| (4 * stride, 4));
+        // SAFETY: the caller's: four rows of A `row` bytes apart, three vectors of B at each step, four rows of three vectors of C; the
+        // token proves AVX2 and FMA. A prefetch of any address is harmless.
+        unsafe {
+            asm!(
+                "vxorps xmm0, xmm0, xmm0", "vxorps xmm1, xmm1, xmm1", "vxorps xmm2, xmm2, xmm2", "vxorps xmm3, xmm3, xmm3",
+                "vxorps xmm4, xmm4, xmm4", "vxorps xmm5, xmm5, xmm5", "vxorps xmm6, xmm6, xmm6", "vxorps xmm7, xmm7, xmm7",
+                "vxorps xmm8, xmm8, xmm8", "vxorps xmm9, xmm9, xmm9", "vxorps xmm10, xmm10, xmm10", "vxorps xmm11, xmm11, xmm11",
+                "test {n}, {n}",
+                "jz 3f",
+                "2:",
+                "prefetcht0 [{near}]",
+                "vmovups ymm12, [{b}]",
+                "vmovups ymm13, [{b} + 32]",
+                "vmovups ymm14, [{b} + 64]",
+                row!("{a}", 0, 1, 2),
+                row!("{a} + {row}", 3, 4, 5),
+                row!("{a} + 2*{row}", 6, 7, 8),
+                row!("{a} + {row3}", 9, 10, 11),
+                "add {a}, {step}",
+                "add {b}, 96",
+                "add {near}, {near_step}",
+                "dec {n}",
+                "jnz 2b",
+                "3:",
+                "test {scale}, {scale}",
+                "jz 4f",
+                scaled!(0, 0, 3, 6, 9),
+                scaled!(32, 1, 4, 7, 10),
+                scaled!(64, 2, 5, 8, 11),
+                "4:",
+                column!("vmovups ", 0, 0, 3, 6, 9),
+                column!("vmovups ", 32, 1, 4, 7, 10),
+                column!("vmovups ", 64, 2, 5, 8, 11),
+                a = inout(reg) t.a => _, b = inout(reg) t.b => _, n = inout(reg) t.k => _, near = inout(reg) t.fetch.0 => _,
+                row = in(reg) row, row3 = in(reg) 3 * row, step = in(reg) step, near_step = in(reg) t.fetch.1, c = in(reg) t.c,
+                scale = in(reg) t.scale.unwrap_or(core::ptr::null()),
+                out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _, out("ymm6") _,
+                out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _, out("ymm12") _, out("ymm13") _,
+                out("ymm14") _, out("ymm15") _, options(nostack)
+            );
+        }
+        true
+    }
     #[inline(always)]
     fn fetch(self, p: *const u8) {
         // SAFETY: a prefetch of any address is harmless; SSE is part of x86-64.

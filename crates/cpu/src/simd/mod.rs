@@ -44,6 +44,25 @@ pub struct DotTile {
     pub accumulate: bool,
 }
 
+/// Operands of a register tile of tiled attention: C[QUERY_ROWS, vectors·LANES] = C · scale + A · B.
+#[derive(Clone, Copy)]
+pub struct QueryTile {
+    /// Steps.
+    pub k: usize,
+    /// A.
+    pub a: *const f32,
+    /// Elements between rows of A, whose steps are adjacent; `None` where its rows are adjacent and `QUERY_ROWS` lie between steps.
+    pub row_stride: Option<usize>,
+    /// B, whose steps are `vectors`·LANES apart.
+    pub b: *const f32,
+    /// C, whose rows are `vectors`·LANES apart.
+    pub c: *mut f32,
+    /// `vectors`·LANES factors that each row of C is multiplied by before A · B is added to it; C is overwritten when `None`.
+    pub scale: Option<*const f32>,
+    /// Memory that is read next, and the bytes between what is fetched of it at each step.
+    pub fetch: (*const u8, usize),
+}
+
 /// What a thread keeps between tiles of dot products of one work item.
 #[derive(Default)]
 pub struct DotState {
@@ -129,6 +148,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `even` and `odd` are valid for reading `LANES` elements, `p` for writing 4 · `LANES` bytes. `DOT_ROWS` is not 0.
     unsafe fn pair_rows(self, _p: *mut u8, _even: *const bf16, _odd: *const bf16) {
         unreachable!("no dot products on this instruction set")
+    }
+
+    /// Computes a tile of 3 vectors and returns true where this instruction set has it in assembly; else does nothing.
+    /// # Safety
+    /// A is readable as [QUERY_ROWS, k], B as [k, 3·LANES], C writable (and readable, when scaled) as [QUERY_ROWS, 3·LANES].
+    #[inline(always)]
+    unsafe fn query_tile(self, _t: &QueryTile) -> bool {
+        false
     }
 
     /// Asks for the cache line at `p`, which may be any address, in second-level cache.
