@@ -1,0 +1,22 @@
+//! Lawson's CUDA backend: GPUs, kernels compiled when they are first needed, device memory, matrix products and graphs.
+//!
+//! Nothing of CUDA is needed to build this crate. The driver, NVRTC and cuBLASLt are loaded when they are first asked for; a machine
+//! without one of them gets an [`Error`](lawson_core::Error) of kind [`Unavailable`](lawson_core::ErrorKind::Unavailable) that says what is
+//! missing and where it comes from.
+
+pub mod blas;
+pub mod buffer;
+pub mod cache;
+pub mod device;
+mod driver;
+pub mod graph;
+pub mod kernels;
+pub mod launch;
+pub mod nvrtc;
+
+pub use buffer::{DeviceBuffer, Element, Staging, Usage};
+pub use cache::{DiskCache, Jit, Module};
+pub use device::{Device, DeviceInfo, Event, devices};
+pub use graph::Graph;
+pub use launch::{Function, Kernel, KernelParams, Launch};
+pub use nvrtc::{Instance, Nvrtc, Source};
