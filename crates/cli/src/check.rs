@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use lawson::{BlockData, BlockProblem, Context, Isa, Result, compute};
+use lawson::{BlockData, BlockProblem, Context, Device, ErrorKind, Isa, Result, compute};
 use lawson_testkit::{
     cases,
     conformance::{self, Report},
@@ -13,13 +13,13 @@ use serde_json::json;
 use crate::{EXIT_FAILED, args::Global, output, signals};
 
 const AFTER_HELP: &str = "\
-Every instruction set of this machine is checked, whatever LAWSON_ISA says.
+Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU; --device cpu or cuda checks one of the two.
 
 Examples:
   lawson check --quick
   lawson check --json";
 
-/// Check every kernel and every level of the block on every instruction set of this machine against a float64 reference
+/// Check every kernel and every level of the block on every instruction set and the GPU of this machine against a float64 reference
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct CheckArgs {
@@ -42,19 +42,35 @@ const QUICK_STEP: usize = 12;
 pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     let step = if args.quick { QUICK_STEP } else { 1 };
     let problems: Vec<_> = cases::edge_cases().into_iter().chain(cases::random_cases(SEED, RANDOM)).step_by(step).collect();
-    let contexts = Isa::available().into_iter().map(|isa| global.context_on(Some(isa))).collect::<Result<Vec<_>>>()?;
-    let kernels: usize = contexts.iter().map(|c| c.backend().kernels().len()).sum();
-    let bar = output::progress(kernels + contexts.len() * problems.len(), "checking", global);
-
+    let mut contexts = Vec::new();
+    if !matches!(global.device, Device::Cuda(_)) {
+        for isa in Isa::available() {
+            contexts.push(Global { device: Device::Cpu, ..*global }.context_on(Some(isa))?);
+        }
+    }
     let mut report = Report::default();
+    match global.device {
+        Device::Cuda(_) => contexts.push(global.context()?),
+        Device::Auto => match (Global { device: Device::Cuda(0), ..*global }).context() {
+            Ok(context) => contexts.push(context),
+            Err(e) if e.kind() == ErrorKind::Unavailable => report.could_not_run.push(e.to_string()),
+            Err(e) => return Err(e),
+        },
+        _ => {}
+    }
+    // A GPU's kernels run inside blocks.
+    let kernels = |c: &Context| if c.gpu().is_some() { Vec::new() } else { c.backend().kernels() };
+    let count: usize = contexts.iter().map(|c| kernels(c).len()).sum();
+    let bar = output::progress(count + contexts.len() * problems.len(), "checking", global);
+
     for context in &contexts {
-        for kernel in context.backend().kernels() {
+        for kernel in kernels(context) {
             signals::check()?;
             bar.set_message(kernel.to_string());
             report.merge(conformance::check_kernel(context.backend(), &kernel, &mut |_, _| {}));
             bar.inc(1);
         }
-        bar.set_message(format!("blocks on {}", context.isa()));
+        bar.set_message(format!("blocks on {}", name(context)));
         for (i, problem) in problems.iter().enumerate() {
             signals::check()?;
             report.merge(check_block(context, problem, SEED + i as u64));
@@ -65,8 +81,7 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
 
     let missing = Isa::ALL.into_iter().filter(|isa| !isa.is_available());
     report.could_not_run.extend(missing.map(|isa| format!("{isa}: this processor lacks it")));
-    report.could_not_run.push("cuda: this build has no CUDA backend yet".into());
-    let ran_on: Vec<_> = contexts.iter().map(|c| c.isa().name()).collect();
+    let ran_on: Vec<_> = contexts.iter().map(name).collect();
     if global.json {
         output::print_json(&json!({
             "passed": report.passed(),
@@ -85,11 +100,16 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
 fn check_block(context: &Context, problem: &BlockProblem, seed: u64) -> Report {
     let run = |p: &BlockProblem, level, data: &BlockData| compute(context, p, Some(level), data);
     let mut report = conformance::check_blocks(&run, std::slice::from_ref(problem), seed, &mut |_, _| {});
-    report.failed.iter_mut().for_each(|line| *line = format!("{}: {line}", context.isa()));
+    report.failed.iter_mut().for_each(|line| *line = format!("{}: {line}", name(context)));
     report
 }
 
-fn text(report: &Report, ran_on: &[&str]) -> String {
+/// What a context computes on, as users name it.
+fn name(context: &Context) -> String {
+    if context.gpu().is_some() { context.device().to_string() } else { context.isa().to_string() }
+}
+
+fn text(report: &Report, ran_on: &[String]) -> String {
     let could_not = if report.could_not_run.is_empty() { "nothing".to_string() } else { report.could_not_run.join("; ") };
     let mut text =
         format!("ran: {} on {}, failed: {} | could not run: {could_not}", report.ran, ran_on.join(", "), report.failed.len());

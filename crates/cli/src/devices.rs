@@ -3,14 +3,14 @@
 use std::{fmt::Write, process::ExitCode};
 
 use clap::Args;
-use lawson::{Context, ContextOptions, DType, Isa, Result, machine};
+use lawson::{Context, ContextOptions, DType, Device, Isa, Result, cuda, machine};
 use serde::Serialize;
 
 use crate::{args::Global, output, signals};
 
 const AFTER_HELP: &str = "Example:\n  lawson devices --threads 4 --json";
 
-/// Show what this machine has: instruction sets, caches, cores, measured peak and bandwidth, and which backends can run
+/// Show what this machine has: instruction sets, caches, cores, measured peak and bandwidth, GPUs, and which backends can run
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct DevicesArgs {}
@@ -18,7 +18,27 @@ pub struct DevicesArgs {}
 #[derive(Serialize)]
 struct Devices {
     cpu: Processor,
-    cuda: Missing,
+    cuda: Gpus,
+}
+
+/// The GPUs, or why none can run.
+#[derive(Serialize)]
+struct Gpus {
+    can_run: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    devices: Vec<GpuFacts>,
+}
+
+#[derive(Serialize)]
+struct GpuFacts {
+    device: String,
+    name: String,
+    compute_capability: String,
+    memory_bytes: u64,
+    multiprocessors: u32,
+    l2_bytes: u32,
+    driver: String,
 }
 
 #[derive(Serialize)]
@@ -41,34 +61,42 @@ struct Processor {
     bandwidth_gbps: f64,
 }
 
-/// A backend that cannot run here.
-#[derive(Serialize)]
-struct Missing {
-    can_run: bool,
-    why: &'static str,
-    what_would_help: &'static str,
-}
-
 /// Runs the command.
 ///
 /// # Errors
 /// `OutOfMemory` when there is no room to measure bandwidth, `Cancelled`.
 pub fn execute(_: &DevicesArgs, global: &Global) -> Result<ExitCode> {
-    let context = global.context()?;
-    let devices = Devices {
-        cpu: processor(&context, global)?,
-        cuda: Missing {
-            can_run: false,
-            why: "this build has no CUDA backend yet",
-            what_would_help: "a later version of Lawson with an NVIDIA GPU; until then use --device cpu",
-        },
-    };
+    if let Device::Cuda(_) = global.device {
+        // A GPU that is asked for by name has to be there.
+        global.context()?;
+    }
+    let on_cpu = Global { device: Device::Cpu, ..*global };
+    let devices = Devices { cpu: processor(&on_cpu.context()?, &on_cpu)?, cuda: gpus() };
     if global.json {
         output::print_json(&devices)?
     } else {
         output::print(devices.text())?
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the driver shows, and whether blocks can run on it.
+fn gpus() -> Gpus {
+    let found = match cuda::devices() {
+        Ok(found) => found,
+        Err(e) => return Gpus { can_run: false, why: Some(e.to_string()), devices: Vec::new() },
+    };
+    let opened = Context::new(ContextOptions { device: Device::Cuda(0), threads: Some(1), isa: None });
+    let facts = |d: &cuda::DeviceInfo| GpuFacts {
+        device: format!("cuda:{}", d.ordinal),
+        name: d.name.clone(),
+        compute_capability: format!("{}.{}", d.compute_capability.0, d.compute_capability.1),
+        memory_bytes: d.memory_bytes,
+        multiprocessors: d.multiprocessors,
+        l2_bytes: d.l2_bytes,
+        driver: format!("CUDA {}.{}", d.driver_version.0, d.driver_version.1),
+    };
+    Gpus { can_run: opened.is_ok(), why: opened.err().map(|e| e.to_string()), devices: found.iter().map(facts).collect() }
 }
 
 fn processor(context: &Context, global: &Global) -> Result<Processor> {
@@ -79,11 +107,11 @@ fn processor(context: &Context, global: &Global) -> Result<Processor> {
         bar.inc(1);
         signals::check().and(rate)
     };
-    let peak_gflops = measured("f32 peak of all threads", &|| Ok(context.measure_peak(DType::F32)))?;
-    let bf16_peak_gflops = measured("bf16 peak of all threads", &|| Ok(context.measure_peak(DType::BF16)))?;
+    let peak_gflops = measured("f32 peak of all threads", &|| context.measure_peak(DType::F32))?;
+    let bf16_peak_gflops = measured("bf16 peak of all threads", &|| context.measure_peak(DType::BF16))?;
     let one_thread_peak_gflops = measured("peak of one thread", &|| {
         let options = ContextOptions { device: global.device, threads: Some(1), isa: Some(context.isa()) };
-        Ok(Context::new(options)?.measure_peak(DType::F32))
+        Context::new(options)?.measure_peak(DType::F32)
     })?;
     let bandwidth_gbps = measured("bandwidth", &|| context.measure_bandwidth())?;
     bar.finish_and_clear();
@@ -130,6 +158,19 @@ impl Devices {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "  {name:<18}{value}");
         }
-        text + &format!("cuda: cannot run\n  {:<18}{}\n  {:<18}{}", "why", cuda.why, "what would help", cuda.what_would_help)
+        text += if cuda.can_run { "cuda: can run" } else { "cuda: cannot run" };
+        if let Some(why) = &cuda.why {
+            let _ = write!(text, "\n  {:<18}{why}", "why");
+        }
+        for gpu in &cuda.devices {
+            let memory = output::bytes(gpu.memory_bytes as usize);
+            let (name, capability, driver) = (&gpu.name, &gpu.compute_capability, &gpu.driver);
+            let _ = write!(
+                text,
+                "\n  {:<18}{name}, compute capability {capability}, {memory}, {} multiprocessors, driver of {driver}",
+                gpu.device, gpu.multiprocessors
+            );
+        }
+        text
     }
 }

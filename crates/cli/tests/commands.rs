@@ -88,7 +88,7 @@ fn wrong_problems_are_refused() {
 #[test]
 fn devices_are_described() {
     let said = stdout(&["devices", "--threads", "1"]);
-    for part in ["processor", "in use", "caches", "GB/s (measured)", "cuda: cannot run", "this build has no CUDA backend yet"] {
+    for part in ["processor", "in use", "caches", "GB/s (measured)", "cuda: can"] {
         assert!(said.contains(part), "{part:?} is not in: {said}");
     }
     let said = json(&["devices"]);
@@ -97,7 +97,8 @@ fn devices_are_described() {
         assert!(cpu[key].as_f64().is_some_and(|rate| rate > 0.0), "{key} in {cpu}");
     }
     assert!(cpu["isa_available"].as_array().is_some_and(|a| a.contains(&cpu["isa"])), "{cpu}");
-    assert_eq!(said["cuda"]["can_run"], false);
+    let cuda = &said["cuda"];
+    assert!(cuda["can_run"] == true || cuda["why"].as_str().is_some_and(|why| !why.is_empty()), "{cuda}");
 }
 
 #[test]
@@ -106,10 +107,9 @@ fn a_quick_check_passes() {
     assert_eq!((&said["passed"], said["failed"].as_array().map(Vec::len)), (&true.into(), Some(0)), "{said}");
     assert!(said["ran"].as_u64().is_some_and(|n| n > 100), "{said}");
     assert!(said["ran_on"].as_array().is_some_and(|a| a.contains(&"portable".into())), "{said}");
-    assert!(
-        said["could_not_run"].as_array().is_some_and(|a| a.iter().any(|l| l.as_str().is_some_and(|l| l.starts_with("cuda"))))
-    );
-    refused(&["check", "--device", "cuda:1"], &["cuda:1", "no CUDA backend"]);
+    let names = |key: &str| said[key].as_array().map_or(String::new(), |a| format!("{a:?}"));
+    assert!(names("ran_on").contains("cuda:0") || names("could_not_run").contains("cuda:0"), "{said}");
+    refused(&["check", "--device", "cuda:99"], &["cuda:99"]);
 }
 
 #[cfg(unix)]

@@ -409,7 +409,7 @@ fn wrong_flags_are_named() {
         (&["--kv-dtype", "f8"], &["'f8'", "accepted: auto, f32, bf16, f16"]),
         (&["--weights", "int8"], &["--weights", "'int8'", "not available in this version", "accepted: auto"]),
         (&["--device", "tpu"], &["--device", "'tpu'", "auto, cpu, cuda"]),
-        (&["--device", "cuda"], &["cuda:0", "no CUDA backend"]),
+        (&["--device", "cuda:99"], &["cuda:99"]),
         (&["--threads", "0"], &["threads", "0"]),
         (&["--layer", "1"], &["--block", "--layer"]),
         (&["--with-norm"], &["--block", "--with-norm"]),

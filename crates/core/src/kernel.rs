@@ -66,18 +66,30 @@ impl fmt::Display for KernelInfo {
     }
 }
 
+/// What a machine profile describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// Cores that share the host's memory.
+    Cpu,
+    /// An accelerator with memory of its own.
+    Gpu,
+}
+
 /// What the planner knows of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MachineProfile {
+    /// Which kind of plan it takes.
+    pub kind: DeviceKind,
     /// The processor's own name.
     pub name: String,
     /// Instruction set in use.
     pub isa: String,
-    /// Threads in use.
+    /// Threads in use; multiprocessors of a GPU.
     pub threads: usize,
-    /// Bytes of first-level data cache of a core.
+    /// Bytes of first-level data cache of a core, of shared memory of a multiprocessor.
     pub l1_bytes: usize,
-    /// Bytes of second-level cache of a core.
+    /// Bytes of second-level cache of a core, of the whole GPU.
     pub l2_bytes: usize,
     /// Floating-point operations per second of all threads, f32 FMA.
     pub peak_flops: f64,

@@ -17,4 +17,4 @@ mod view;
 
 pub use dtype::{DType, round_to};
 pub use error::{Error, ErrorKind, Result};
-pub use view::{Storage, StorageMut, TensorMut, TensorRef};
+pub use view::{DeviceElements, DeviceElementsMut, Storage, StorageMut, TensorMut, TensorRef};

@@ -68,6 +68,14 @@ pub enum Op {
     Append,
     /// Turns q in place and k on its way to the cache; copies v.
     RopeAppend,
+    /// One pass over q, k and v: biases, QK-norm and RoPE, q in place, k and v to the cache. Multiplies by the rows' rstd first where the
+    /// input norm's weight lies in the projection.
+    HeadEpilogue {
+        /// Whether it does the latter.
+        norm: bool,
+    },
+    /// Copies the cache's valid rows to [B, G, L, D], zeros behind them.
+    Gather,
     /// Transposes q to head-major strips.
     TransposeQ,
     /// scores = q · kᵀ of every head.
@@ -114,6 +122,9 @@ impl Op {
             Op::Rope => "rope",
             Op::Append => "append",
             Op::RopeAppend => "rope, append",
+            Op::HeadEpilogue { norm: false } => "bias, qk norm, rope, append",
+            Op::HeadEpilogue { norm: true } => "norm, bias, qk norm, rope, append",
+            Op::Gather => "gather k, v",
             Op::TransposeQ => "transpose q",
             Op::Scores => "scores",
             Op::Scale => "scale",
@@ -150,11 +161,21 @@ pub enum BufferName {
     K,
     /// New values, [T, G·D].
     V,
+    /// New queries, keys and values side by side, [T, (H + 2G)·D].
+    Qkv,
+    /// Queries by heads, [B, H, S, D].
+    QHeads,
+    /// Attention results by heads, [B, H, S, D].
+    OHeads,
+    /// Keys by heads, [B, G, L, D].
+    KHeads,
+    /// Values by heads, [B, G, L, D].
+    VHeads,
     /// cos and sin, [T, 2, rotary_dim/2 or rotary_dim].
     RopeTable,
     /// Queries as strips [B, H, strip, D, lanes].
     QStrips,
-    /// Scores as strips [B, H, strip, L, lanes].
+    /// Scores as strips [B, H, strip, L, lanes]; on a GPU [B, H, S, L], rows a multiple of 8 apart.
     Scores,
     /// Attention results as strips [B, H, strip, D, lanes].
     OStrips,
@@ -175,6 +196,11 @@ impl BufferName {
             BufferName::Q => "q",
             BufferName::K => "k",
             BufferName::V => "v",
+            BufferName::Qkv => "qkv",
+            BufferName::QHeads => "q by heads",
+            BufferName::OHeads => "o by heads",
+            BufferName::KHeads => "k by heads",
+            BufferName::VHeads => "v by heads",
             BufferName::RopeTable => "rope table",
             BufferName::QStrips => "q strips",
             BufferName::Scores => "scores",
@@ -277,7 +303,7 @@ pub struct BlockPlan {
     pub problem: BlockProblem,
     /// The level of fusion.
     pub level: Level,
-    /// Threads the plan was made for; results do not depend on them.
+    /// Threads the plan was made for, multiprocessors of a GPU; on a CPU results do not depend on them.
     pub threads: usize,
     /// The stages, in order.
     pub stages: Vec<Stage>,

@@ -1,8 +1,59 @@
 //! Typed borrowed tensors: shapes and strides are checked once, when a view is made.
 
+use std::{any::Any, fmt};
+
 use half::{bf16, f16};
 
 use crate::{DType, Error, Result};
+
+/// Elements in a device's memory, borrowed. Which memory that is, only its backend knows.
+#[derive(Clone, Copy)]
+pub struct DeviceElements<'a> {
+    memory: &'a (dyn Any + Send + Sync),
+    dtype: DType,
+    len: usize,
+}
+
+impl<'a> DeviceElements<'a> {
+    /// The first `len` elements of `memory`.
+    pub fn new(memory: &'a (dyn Any + Send + Sync), dtype: DType, len: usize) -> Self {
+        DeviceElements { memory, dtype, len }
+    }
+    /// The memory.
+    pub fn memory(&self) -> &'a (dyn Any + Send + Sync) {
+        self.memory
+    }
+}
+
+impl fmt::Debug for DeviceElements<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} elements of {} on a device", self.len, self.dtype)
+    }
+}
+
+/// Elements in a device's memory, borrowed for writing.
+pub struct DeviceElementsMut<'a> {
+    memory: &'a mut (dyn Any + Send + Sync),
+    dtype: DType,
+    len: usize,
+}
+
+impl<'a> DeviceElementsMut<'a> {
+    /// The first `len` elements of `memory`.
+    pub fn new(memory: &'a mut (dyn Any + Send + Sync), dtype: DType, len: usize) -> Self {
+        DeviceElementsMut { memory, dtype, len }
+    }
+    /// The same elements, borrowed for reading.
+    pub fn as_ref(&self) -> DeviceElements<'_> {
+        DeviceElements { memory: &*self.memory, dtype: self.dtype, len: self.len }
+    }
+}
+
+impl fmt::Debug for DeviceElementsMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_ref().fmt(f)
+    }
+}
 
 /// Borrowed elements of a [`TensorRef`].
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +65,8 @@ pub enum Storage<'a> {
     BF16(&'a [bf16]),
     /// Host memory, f16.
     F16(&'a [f16]),
+    /// A device's memory.
+    Device(DeviceElements<'a>),
 }
 
 /// Borrowed elements of a [`TensorMut`].
@@ -26,6 +79,8 @@ pub enum StorageMut<'a> {
     BF16(&'a mut [bf16]),
     /// Host memory, f16.
     F16(&'a mut [f16]),
+    /// A device's memory.
+    Device(DeviceElementsMut<'a>),
 }
 
 macro_rules! storage_from {
@@ -46,6 +101,17 @@ macro_rules! storage_from {
 }
 storage_from!(f32 => F32, bf16 => BF16, f16 => F16);
 
+impl<'a> From<DeviceElements<'a>> for Storage<'a> {
+    fn from(d: DeviceElements<'a>) -> Self {
+        Storage::Device(d)
+    }
+}
+impl<'a> From<DeviceElementsMut<'a>> for StorageMut<'a> {
+    fn from(d: DeviceElementsMut<'a>) -> Self {
+        StorageMut::Device(d)
+    }
+}
+
 impl Storage<'_> {
     /// Element type.
     pub fn dtype(&self) -> DType {
@@ -53,7 +119,12 @@ impl Storage<'_> {
             Storage::F32(_) => DType::F32,
             Storage::BF16(_) => DType::BF16,
             Storage::F16(_) => DType::F16,
+            Storage::Device(d) => d.dtype,
         }
+    }
+    /// Whether the elements lie in host memory.
+    pub fn is_host(&self) -> bool {
+        !matches!(self, Storage::Device(_))
     }
     /// Number of elements.
     pub fn len(&self) -> usize {
@@ -61,29 +132,32 @@ impl Storage<'_> {
             Storage::F32(s) => s.len(),
             Storage::BF16(s) => s.len(),
             Storage::F16(s) => s.len(),
+            Storage::Device(d) => d.len,
         }
     }
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Address of the first element.
+    /// Address of the first element; null where it is not in host memory.
     pub fn as_ptr(&self) -> *const u8 {
         match self {
             Storage::F32(s) => s.as_ptr().cast(),
             Storage::BF16(s) => s.as_ptr().cast(),
             Storage::F16(s) => s.as_ptr().cast(),
+            Storage::Device(_) => std::ptr::null(),
         }
     }
     /// Element `i` as f32.
     ///
     /// # Panics
-    /// When `i` is out of bounds.
+    /// When `i` is out of bounds or the elements do not lie in host memory.
     pub fn get(&self, i: usize) -> f32 {
         match self {
             Storage::F32(s) => s[i],
             Storage::BF16(s) => s[i].to_f32(),
             Storage::F16(s) => s[i].to_f32(),
+            Storage::Device(d) => panic!("{d:?} cannot be read one by one"),
         }
     }
 }
@@ -95,14 +169,16 @@ impl StorageMut<'_> {
             StorageMut::F32(s) => Storage::F32(s),
             StorageMut::BF16(s) => Storage::BF16(s),
             StorageMut::F16(s) => Storage::F16(s),
+            StorageMut::Device(d) => Storage::Device(d.as_ref()),
         }
     }
-    /// Address of the first element.
+    /// Address of the first element; null where it is not in host memory.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         match self {
             StorageMut::F32(s) => s.as_mut_ptr().cast(),
             StorageMut::BF16(s) => s.as_mut_ptr().cast(),
             StorageMut::F16(s) => s.as_mut_ptr().cast(),
+            StorageMut::Device(_) => std::ptr::null_mut(),
         }
     }
 }
@@ -213,6 +289,9 @@ impl<'a> TensorRef<'a> {
         (0..self.layout.rank).all(|i| self.layout.shape[i] <= 1 || self.layout.strides[i] == dense.strides[i])
     }
     /// All elements as f32, row-major.
+    ///
+    /// # Panics
+    /// When they do not lie in host memory.
     pub fn to_f32(&self) -> Vec<f32> {
         let [a, b, c, d] = self.layout.shape;
         let s = self.layout.strides;

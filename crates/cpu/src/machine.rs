@@ -2,7 +2,10 @@
 
 use std::{fs, hint::black_box, time::Instant};
 
-use lawson_core::{DType, Result, kernel::MachineProfile};
+use lawson_core::{
+    DType, Result,
+    kernel::{DeviceKind, MachineProfile},
+};
 
 use crate::{Isa, arena::AlignedBytes, dispatch::Kernels, pack::SendPtr, threads::Threads};
 
@@ -76,6 +79,7 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
         _ => 1.0,
     };
     MachineProfile {
+        kind: DeviceKind::Cpu,
         name: processor_name(),
         isa: kernels.isa.name().into(),
         threads,

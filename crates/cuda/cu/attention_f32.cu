@@ -9,9 +9,9 @@
 // A block computes TILE_M rows, the queries of all H/G heads that share a key/value head packed: row r is token r / (H/G), head
 // r mod (H/G) of the group. 16 x 16 threads; a thread has TILE_M/16 rows, keys tx + 16·j and HEAD_DIM_PADDED/16 output columns. All tiles
 // are row-major in shared memory with rows 4 floats longer than their content where lanes walk down rows. Each chunk of K or V is
-// loaded into registers while the one before is used.
+// loaded into registers while the one before is used, and has two buffers, so that one barrier a chunk is enough.
 //
-// Macros: DTYPE, KV_DTYPE; HEAD_DIM_PADDED 32, 64, 128, 192 or 256; TILE_M 16, 32, 64; CHUNKED 1 for D > 256: the block then
+// Macros: DTYPE, KV_DTYPE; HEAD_DIM_PADDED 32, 64, 128, 192 or 256; TILE_M 16, 32, 64, 128; CHUNKED 1 for D > 256: the block then
 // computes 256 columns of the output and reads Q again with each tile of K.
 #include "prelude.cuh"
 #include "cache.cuh"
@@ -67,6 +67,7 @@ constexpr int V_KEYS = 16;                     // of a chunk of V
 constexpr int PER_THREAD = COLUMNS / 16;       // output columns
 constexpr int RUN = PER_THREAD < 4 ? PER_THREAD : 4;     // … of which so many are neighbours
 constexpr int V_RUN = PER_THREAD < 8 ? PER_THREAD : (PER_THREAD % 8 ? 4 : 8); // neighbours in a load of V
+constexpr int Q_BUFFERS = CHUNKED ? 2 : 1;
 constexpr int Q_LD = (CHUNKED ? DEPTH : COLUMNS) + 4, K_LD = DEPTH + 4, P_LD = N + 4;
 
 // COUNT elements of a row of `head_dim` from column d on; 0 outside the row and for a null row.
@@ -104,13 +105,13 @@ struct Finish {
 template <int COUNT> __device__ __forceinline__ void put(float* p, const float (&x)[COUNT]) { store<F32, COUNT>(p, x); }
 
 // Grid: x: ceil(max S·(H/G) / TILE_M) · splits, y: G, z: B · ceil(D / 256) where chunked, else B. Block: 256 threads.
-// Dynamic shared memory: 4 · (M·Q_LD + N·K_LD + V_KEYS·COLUMNS + M·P_LD) bytes.
-extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) attention_f32(const __grid_constant__ Params p) {
+// Dynamic shared memory: 4 · (Q_BUFFERS·M·Q_LD + 2·N·K_LD + 2·V_KEYS·COLUMNS + M·P_LD) bytes.
+extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 && M <= 64 ? 2 : 1) attention_f32(const __grid_constant__ Params p) {
     extern __shared__ float4 shared[];
     float* Q = reinterpret_cast<float*>(shared);
-    float* K = Q + M * Q_LD;
-    float* V = K + N * K_LD;
-    float* P = V + V_KEYS * COLUMNS;
+    float* K = Q + Q_BUFFERS * M * Q_LD;
+    float* V = K + 2 * N * K_LD;
+    float* P = V + 2 * V_KEYS * COLUMNS;
     wait_for_previous_kernel();
     allow_next_kernel();
 
@@ -132,15 +133,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
         begin = begin + split * share * N;
     }
 
-    int position[ROWS], head[ROWS], row_begin[ROWS], row_end[ROWS];
+    int position[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const int row = row0 + ty * ROWS + r, i = row / group;
-        head[r] = g * group + row % group;
-        position[r] = past + i;
-        row_begin[r] = p.window ? position[r] - p.window + 1 : 0;
-        row_end[r] = row >= rows ? 0 : p.causal ? position[r] + 1 : length;
-    }
+    for (int r = 0; r < ROWS; ++r) position[r] = past + (row0 + ty * ROWS + r) / group;
+    auto head_of = [&](int r) { return g * group + (row0 + ty * ROWS + r) % group; };
 
     auto q_row = [&](int row) -> const T* {
         if (row0 + row >= rows) return nullptr;
@@ -151,16 +147,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
         return (const KV*)base + (p.cache.table ? cache_row<1>(p.cache, b, g, key) : cache_row<0>(p.cache, b, g, key));
     };
     // M rows of Q, `depth` columns from d0 on.
-    auto load_q = [&](int d0, int depth) {
+    auto load_q = [&](float* to, int d0, int depth) {
 #pragma unroll 1
         for (int e = tid * 8; e < M * depth; e += THREADS * 8) {
             const int row = e / depth, d = e % depth;
             float x[8];
             load_row<DTYPE, 8>(q_row(row), d0 + d, p.head_dim, p.aligned, x);
-            put<8>(Q + row * Q_LD + d, x);
+            put<8>(to + row * Q_LD + d, x);
         }
     };
-    if (!CHUNKED) load_q(0, COLUMNS);
+    if (!CHUNKED) load_q(Q, 0, COLUMNS);
 
     float acc[ROWS][PER_THREAD], top[ROWS], sum[ROWS];
 #pragma unroll
@@ -191,14 +187,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
             for (int j = 0; j < KEYS; ++j) s[r][j] = 0.0f;
 
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            __syncthreads();
-            put<8>(K + k_key * K_LD + k_column, next_k);
-            if (CHUNKED) load_q(chunk * DEPTH, DEPTH);
+            // The barrier of the chunk before has passed, so nobody reads this buffer any more.
+            float* k_buffer = K + chunk % 2 * N * K_LD;
+            float* q_buffer = CHUNKED ? Q + chunk % 2 * M * Q_LD : Q + chunk * DEPTH;
+            put<8>(k_buffer + k_key * K_LD + k_column, next_k);
+            if (CHUNKED) load_q(q_buffer, chunk * DEPTH, DEPTH);
             __syncthreads();
             if (chunk + 1 < chunks) load_row<KV_DTYPE, 8>(k_row, (chunk + 1) * DEPTH + k_column, p.head_dim, p.aligned, next_k);
             else fetch_v(key0);
-            const float* q = Q + ty * ROWS * Q_LD + (CHUNKED ? 0 : chunk * DEPTH);
-            const float* k = K + tx * K_LD;
+            const float* q = q_buffer + ty * ROWS * Q_LD;
+            const float* k = k_buffer + tx * K_LD;
 #pragma unroll
             for (int d = 0; d < DEPTH; d += 4) {
                 float4 qs[ROWS], ks[KEYS];
@@ -220,10 +218,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
 
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const float slope = p.slopes ? __ldg(p.slopes + head[r]) : 0.0f;
-            const unsigned char* mask = p.mask ? p.mask + b * p.mask_sequence_stride + head[r] * p.mask_head_stride +
-                                                     (position[r] - past) * p.mask_row_stride
-                                               : nullptr;
+            const float slope = p.slopes ? __ldg(p.slopes + head_of(r)) : 0.0f;
+            const unsigned char* mask = nullptr;
+            if (p.mask)
+                mask = p.mask + b * p.mask_sequence_stride + head_of(r) * p.mask_head_stride + (position[r] - past) * p.mask_row_stride;
+            // Rows behind the sequence's last see nothing.
+            const int row_begin = p.window ? position[r] - p.window + 1 : 0;
+            const int row_end = position[r] >= length ? 0 : p.causal ? position[r] + 1 : length;
             float m = top[r];
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
@@ -231,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
                 float u = s[r][j] * p.scale;
                 if (p.softcap != 0.0f) u = p.softcap * tanh_accurate(u / p.softcap);
                 if (p.slopes) u -= slope * (float)(position[r] - key);
-                bool visible = key >= row_begin[r] && key < row_end[r];
+                bool visible = key >= row_begin && key < row_end;
                 if (mask && visible) visible = mask[key] != 0;
                 s[r][j] = visible ? u * LOG2E : NEG_INF;
                 m = fmaxf(m, s[r][j]);
@@ -254,9 +255,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
 
 #pragma unroll 1
         for (int part = 0; part < N / V_KEYS; ++part) {
-            __syncthreads();
+            float* v_buffer = V + part % 2 * V_KEYS * COLUMNS;
 #pragma unroll
-            for (int c = 0; c < PER_THREAD / V_RUN; ++c) put<V_RUN>(V + (tid / 16) * COLUMNS + (c * 16 + tid % 16) * V_RUN, next_v[c]);
+            for (int c = 0; c < PER_THREAD / V_RUN; ++c) put<V_RUN>(v_buffer + (tid / 16) * COLUMNS + (c * 16 + tid % 16) * V_RUN, next_v[c]);
             __syncthreads();
             if (part + 1 < N / V_KEYS) {
                 fetch_v(key0 + (part + 1) * V_KEYS);
@@ -274,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
 #pragma unroll
                     for (int c = 0; c < PER_THREAD / RUN; ++c) {
                         float x[RUN];
-                        load<F32, RUN>(V + (k + kk) * COLUMNS + (c * 16 + tx) * RUN, x);
+                        load<F32, RUN>(v_buffer + (k + kk) * COLUMNS + (c * 16 + tx) * RUN, x);
 #pragma unroll
                         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -289,9 +290,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
         const int row = row0 + ty * ROWS + r;
         const float total = warp_sum<16>(sum[r]);
         if (row >= rows) continue;
-        const int t = first + row / group;
+        const int t = first + row / group, head = head_of(r);
         if (p.splits > 1) {
-            const long long at = ((long long)split * p.tokens + t) * p.heads + head[r];
+            const long long at = ((long long)split * p.tokens + t) * p.heads + head;
             float* part = p.partial + at * p.head_dim;
 #pragma unroll
             for (int c = 0; c < PER_THREAD; ++c) {
@@ -305,8 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
             }
             continue;
         }
-        const Finish finish(top[r], total, p.sinks ? p.sinks + head[r] : nullptr);
-        T* out = (T*)p.out + t * p.out_stride + (long long)head[r] * p.head_dim;
+        const Finish finish(top[r], total, p.sinks ? p.sinks + head : nullptr);
+        T* out = (T*)p.out + t * p.out_stride + (long long)head * p.head_dim;
 #pragma unroll
         for (int c = 0; c < PER_THREAD / RUN; ++c) {
             const int d = column0 + (c * 16 + tx) * RUN;
@@ -322,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, COLUMNS <= 128 ? 2 : 1) at
             }
         }
         if (p.lse && tx == 0 && column0 == 0)
-            p.lse[(long long)t * p.heads + head[r]] = finish.lse;
+            p.lse[(long long)t * p.heads + head] = finish.lse;
     }
 }
 

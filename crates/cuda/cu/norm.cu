@@ -32,7 +32,7 @@ typedef typename Element<DTYPE>::T T;
 
 // Not named after the file: `norm` is a function of the compiler's own.
 // Grid: ceil(T / blockDim.y). Block: (32, rows) or (threads, 1), threads a multiple of 32 up to 1024.
-extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) rms_norm(const __grid_constant__ Params p) {
     __shared__ float scratch[32];
     wait_for_previous_kernel();
     allow_next_kernel();

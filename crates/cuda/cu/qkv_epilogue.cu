@@ -3,17 +3,17 @@
 //   u = q · rstd + bias;  u = u / sqrt(mean_D(u²) + eps) · w  (q and k);  rotate (q and k);  q → q_out, k → cache row, v → cache row
 //
 // q [T, H·D], k and v [T, G·D] in QKV_DTYPE, rows at any stride, so the three may be columns of one qkv [T, (H+2G)·D]; q_out
-// [T, H·D] in DTYPE, cache rows in DTYPE. Every stage is optional, and k_out or v_out replace the cache: the kernel is also RoPE in
+// [T, H·D] in DTYPE, cache rows in KV_DTYPE. Every stage is optional, and k_out or v_out replace the cache: the kernel is also RoPE in
 // place, QK-norm alone or append alone (set the heads of what is not wanted to 0).
 //
 // Operations: about 10 per element. Bytes: each element read once and written once, 2·T·(H+2G)·D elements; memory bounds it.
 // Papers: RMSNorm (Zhang and Sennrich 2019), RoPE (Su et al. 2021), QK-norm (Henry et al. 2020).
 //
-// Why rstd may be computed here (x not null): x has to be read once in any case, and here that costs no launch of its own. When a
-// token's heads are spread over several blocks, each of them reads the row again, from L2.
+// The row's rstd is computed here from x, or comes from a buffer that norm.cu wrote. x has to be read once in any case, and here that
+// costs no launch of its own. When a token's heads are spread over several blocks, each reads the row, from L2 after the first.
 //
 // A group of GROUP lanes holds a head's row, each lane ITEMS items of two chunks of VEC elements (rope.cuh); a group takes HEADS heads of
-// one token, which share sines and cosines. Macros: DTYPE, QKV_DTYPE (= DTYPE); VEC: the largest power of two, VEC·size(DTYPE) <= 16, that
+// one token, which share sines and cosines. Macros: DTYPE, QKV_DTYPE (= DTYPE), KV_DTYPE (= DTYPE); VEC: the largest power of two, VEC·size(DTYPE) <= 16, that
 // divides D, in layout half rotary_dim/2, and all strides, with pointers aligned to it; GROUP · ITEMS >= ceil(D / (2·VEC)), GROUP a
 // power of two <= 32; HEADS.
 #include "prelude.cuh"
@@ -25,6 +25,9 @@
 #endif
 #ifndef QKV_DTYPE
 #define QKV_DTYPE DTYPE
+#endif
+#ifndef KV_DTYPE
+#define KV_DTYPE DTYPE
 #endif
 #ifndef VEC
 #define VEC (16 / (DTYPE == 0 ? 4 : 2))
@@ -41,7 +44,7 @@
 
 // Strides are in elements between tokens; heads of a token are contiguous.
 struct Params {
-    Cache cache;               // rows of DTYPE; used where k_out or v_out is null
+    Cache cache;               // rows of KV_DTYPE; used where k_out or v_out is null
     const void* q;             // [T, q_heads·D] QKV_DTYPE
     const void* k;             // [T, k_heads·D]
     const void* v;             // [T, v_heads·D]
@@ -74,20 +77,36 @@ struct Params {
 
 typedef typename Element<DTYPE>::T T;
 typedef typename Element<QKV_DTYPE>::T In;
+typedef typename Element<KV_DTYPE>::T KV;
 
-// Sum of squares of x [E] over `threads` threads, this one being number `lane`: this thread's part.
+template <int V> struct Constant {
+    static constexpr int VALUE = V;
+};
+
+// Sum of squares of x [E] over `threads` threads, this one being number `lane`: this thread's part. Four loads are in flight at once,
+// since nothing else of the block can go on without the sum.
 __device__ __forceinline__ float squares(const T* x, int hidden, int lane, int threads) {
-    constexpr int N = Wide<DTYPE>::N;
+    constexpr int N = Wide<DTYPE>::N, AHEAD = 4;
     float sum = 0.0f;
     int done = 0;
     if (((unsigned long long)x & 15) == 0) {
-        for (int i = lane; i < hidden / N; i += threads) {
-            float u[N];
-            load<DTYPE, N>(x + (long long)i * N, u);
-#pragma unroll
-            for (int j = 0; j < N; ++j) sum = fmaf(u[j], u[j], sum);
-        }
         done = hidden / N * N;
+#pragma unroll 1
+        for (int first = lane * N; first < done; first += AHEAD * threads * N) {
+            Packed<DTYPE, N> packed[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+                packed[i].clear();
+                if (first + i * threads * N < done) packed[i].read(x + first + i * threads * N);
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+                float u[N];
+                packed[i].unpack(u);
+#pragma unroll
+                for (int j = 0; j < N; ++j) sum = fmaf(u[j], u[j], sum);
+            }
+        }
     }
     for (int i = done + lane; i < hidden; i += threads) {
         const float u = to_float<DTYPE>(x[i]);
@@ -98,7 +117,7 @@ __device__ __forceinline__ float squares(const T* x, int hidden, int lane, int t
 
 // Grid: x: ceil(T / tokens_per_block), y: ceil(slots / slots_per_block), slots = ceil((q_heads + k_heads + v_heads) / HEADS).
 // Block: 32 … 256 threads, a multiple of 32.
-extern "C" __global__ void __launch_bounds__(256, 2) qkv_epilogue(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogue(const __grid_constant__ Params p) {
     __shared__ float scratch[32];
     __shared__ float row_scale[64];
     wait_for_previous_kernel();
@@ -210,21 +229,23 @@ extern "C" __global__ void __launch_bounds__(256, 2) qkv_epilogue(const __grid_c
             }
         }
         if (!on) continue;
-        T* out;
-        if (is_q) {
-            out = (T*)p.q_out + t * p.q_out_stride + (long long)own * p.head_dim;
-        } else {
-            T* direct = (T*)(is_v ? p.v_out : p.k_out);
-            if (direct) out = direct + t * (is_v ? p.v_out_stride : p.k_out_stride) + (long long)own * p.head_dim;
-            else
-                out = (T*)(is_v ? p.cache.v : p.cache.k) +
-                      (p.cache.table ? cache_row<1>(p.cache, b, own, position) : cache_row<0>(p.cache, b, own, position));
-        }
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
+        for (int i = 0; i < ITEMS; ++i)
             if (!is_v) angles[i].rotate(u[i][0], u[i][1], item[i].pairs, p.interleaved);
-            if (item[i].has_a) store<DTYPE, VEC>(out + item[i].a, u[i][0]);
-            if (item[i].has_b) store<DTYPE, VEC>(out + item[i].b, u[i][1]);
+        auto write = [&](auto* out, auto dtype) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                if (item[i].has_a) store<decltype(dtype)::VALUE, VEC>(out + item[i].a, u[i][0]);
+                if (item[i].has_b) store<decltype(dtype)::VALUE, VEC>(out + item[i].b, u[i][1]);
+            }
+        };
+        T* direct = (T*)(is_q ? p.q_out : is_v ? p.v_out : p.k_out);
+        if (direct) {
+            const long long stride = is_q ? p.q_out_stride : is_v ? p.v_out_stride : p.k_out_stride;
+            write(direct + t * stride + (long long)own * p.head_dim, Constant<DTYPE>());
+        } else {
+            const long long row = p.cache.table ? cache_row<1>(p.cache, b, own, position) : cache_row<0>(p.cache, b, own, position);
+            write((KV*)(is_v ? p.cache.v : p.cache.k) + row, Constant<KV_DTYPE>());
         }
     }
 }

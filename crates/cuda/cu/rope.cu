@@ -20,7 +20,7 @@
 #define ITEMS 1
 #endif
 #ifndef PLANES
-#define PLANES 4
+#define PLANES 2
 #endif
 
 struct Params {

@@ -1,6 +1,7 @@
 //! Matrix products by cuBLASLt, in row-major terms.
 //!
-//! D[m, n] = α · A[m, k] · B + β · C[m, n] + bias[n], where B is given as [n, k] (a projection's weights, the keys) or as [k, n] (the values).
+//! `D[m, n] = α · A[m, k] · B + β · C[m, n] + bias[n]`, where B is given as `[n, k]` (a projection's weights, the keys) or as `[k, n]` (the
+//! values).
 //! cuBLASLt computes the transposed product, whose column-major matrices are these row-major ones.
 //!
 //! An algorithm is chosen once per shape by the library's heuristics and kept, so the same plan gives the same bits on every run. Splits of k
@@ -41,6 +42,7 @@ const CUBLASLT: Shared = Shared {
         "cublasLtGetVersion",
         "cublasLtGetStatusString",
         "cublasLtMatmul",
+        "cublasLtMatmulAlgoConfigGetAttribute",
         "cublasLtMatmulAlgoGetHeuristic",
         "cublasLtMatmulDescCreate",
         "cublasLtMatmulDescDestroy",
@@ -109,9 +111,9 @@ impl Batch {
 /// How B lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operand {
-    /// [n, k]: a row is an output. Weights, keys.
+    /// `[n, k]`: a row is an output. Weights, keys.
     Rows,
-    /// [k, n]: a column is an output. Values.
+    /// `[k, n]`: a column is an output. Values.
     Columns,
 }
 
@@ -138,9 +140,10 @@ pub struct Matmul {
     pub ldc: usize,
     /// Elements from a row of D to the next.
     pub ldd: usize,
-    /// Whether bias[n] is added to every row. It is of type `out`: cuBLASLt takes no other for these types.
-    pub bias: Option<DType>,
-    /// Whether C is added, a residual say; it may be D itself.
+    /// Whether a bias of n elements is added to every row. It is of type `out`: cuBLASLt takes no other for these types.
+    pub bias: bool,
+    /// Whether C is added, a residual say. It may be D itself; the library then may take another way, as exact and the same on every run, but not
+    /// to the same bits as with C elsewhere.
     pub residual: bool,
     /// Outer and inner batch: sequences or key/value heads, and the query heads that share one. cuBLASLt has one level; two that do not
     /// lie at equal distances become several calls.
@@ -151,7 +154,7 @@ pub struct Matmul {
 }
 
 impl Matmul {
-    /// y[m, n] = x[m, k] · W[n, k]ᵀ, everything contiguous and one dtype.
+    /// `y[m, n] = x[m, k] · W[n, k]ᵀ`, everything contiguous and one dtype.
     pub fn projection(m: usize, n: usize, k: usize, dtype: DType) -> Matmul {
         Matmul {
             m,
@@ -164,7 +167,7 @@ impl Matmul {
             ldb: k,
             ldc: n,
             ldd: n,
-            bias: None,
+            bias: false,
             residual: false,
             batch: [Batch::ONE; 2],
             alignment: 256,
@@ -227,8 +230,8 @@ impl fmt::Display for Matmul {
         if count != 1 {
             write!(f, " batch={count}")?;
         }
-        if let Some(bias) = self.bias {
-            write!(f, " +bias {bias}")?;
+        if self.bias {
+            f.write_str(" +bias")?;
         }
         if self.residual {
             f.write_str(" +residual")?;
@@ -240,15 +243,15 @@ impl fmt::Display for Matmul {
 /// Addresses on the device, and the scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operands {
-    /// A[m, k].
+    /// A, `[m, k]`.
     pub a: u64,
-    /// B, [n, k] or [k, n].
+    /// B, `[n, k]` or `[k, n]`.
     pub b: u64,
-    /// bias[n], where the product has one.
+    /// The bias, n elements, where the product has one.
     pub bias: u64,
-    /// C[m, n], where the product has a residual.
+    /// C, `[m, n]`, where the product has a residual.
     pub c: u64,
-    /// D[m, n].
+    /// D, `[m, n]`.
     pub d: u64,
     /// α.
     pub scale: f32,
@@ -471,9 +474,9 @@ impl MatmulPlan {
         // Dᵀ = op(B) · Aᵀ in column-major terms: B comes first, and [n, k] in rows is [k, n] in columns, to be transposed.
         let operation = if matmul.b == Operand::Rows { TRANSPOSED } else { AS_IT_IS };
         description.set(Desc::CUBLASLT_MATMUL_DESC_TRANSA, &operation)?;
-        if let Some(bias) = matmul.bias {
+        if matmul.bias {
             description.set(Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
-            description.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &data_type(bias)?)?;
+            description.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &data_type(out)?)?;
         }
         let (rows, columns) = if matmul.b == Operand::Rows { (k, n) } else { (n, k) };
         let ldc = if matmul.residual { ldc } else { ldd };
@@ -553,6 +556,28 @@ impl MatmulPlan {
         self.workspace_bytes
     }
 
+    /// The algorithm, in the library's numbers.
+    pub fn algorithm(&self) -> String {
+        use sys::cublasLtMatmulAlgoConfigAttributes_t as Config;
+        let number = |attribute| {
+            let (mut value, mut written) = (0i32, 0usize);
+            let place = ptr::from_mut(&mut value).cast();
+            // SAFETY: the algorithm came from the library; `value` has the stated size and both outlive the call.
+            unsafe {
+                sys::cublasLtMatmulAlgoConfigGetAttribute(&self.algorithm, attribute, place, size_of::<i32>(), &mut written)
+            };
+            value
+        };
+        format!(
+            "algorithm {} tile {} stages {} splits {} reduction {}",
+            number(Config::CUBLASLT_ALGO_CONFIG_ID),
+            number(Config::CUBLASLT_ALGO_CONFIG_TILE_ID),
+            number(Config::CUBLASLT_ALGO_CONFIG_STAGES_ID),
+            number(Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
+            number(Config::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME),
+        )
+    }
+
     /// Enqueues the product.
     ///
     /// # Errors
@@ -564,13 +589,13 @@ impl MatmulPlan {
     pub unsafe fn run(&self, operands: &Operands) -> Result<()> {
         let Operands { a, b, bias, c, d, scale } = *operands;
         let c = if self.matmul.residual { c } else { d };
-        let bias = if self.matmul.bias.is_some() { bias } else { 0 };
+        let bias = if self.matmul.bias { bias } else { 0 };
         if (a | b | c | d) & (self.matmul.alignment as u64 - 1) != 0
             || a == 0
             || b == 0
             || c == 0
             || d == 0
-            || (self.matmul.bias.is_some() && bias == 0)
+            || (self.matmul.bias && bias == 0)
         {
             return Err(Error::invalid(format!(
                 "{}: {operands:x?} are not all addresses aligned to {} bytes",
@@ -620,7 +645,14 @@ impl MatmulPlan {
 
 impl fmt::Debug for MatmulPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MatmulPlan({}, {} calls, workspace of {} bytes)", self.matmul, self.calls(), self.workspace_bytes)
+        write!(
+            f,
+            "MatmulPlan({}, {}, {} calls, workspace of {} bytes)",
+            self.matmul,
+            self.algorithm(),
+            self.calls(),
+            self.workspace_bytes
+        )
     }
 }
 

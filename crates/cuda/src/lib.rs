@@ -4,19 +4,23 @@
 //! without one of them gets an [`Error`](lawson_core::Error) of kind [`Unavailable`](lawson_core::ErrorKind::Unavailable) that says what is
 //! missing and where it comes from.
 
+mod backend;
 pub mod blas;
 pub mod buffer;
 pub mod cache;
 pub mod device;
 mod driver;
+pub mod executor;
 pub mod graph;
 pub mod kernels;
 pub mod launch;
 pub mod nvrtc;
+pub mod weights;
 
 pub use buffer::{DeviceBuffer, Element, Staging, Usage};
 pub use cache::{DiskCache, Jit, Module};
 pub use device::{Device, DeviceInfo, Event, devices};
+pub use executor::Gpu;
 pub use graph::Graph;
 pub use launch::{Function, Kernel, KernelParams, Launch};
 pub use nvrtc::{Instance, Nvrtc, Source};

@@ -1,12 +1,13 @@
 //! The attention block.
 
 use std::{
+    any::Any,
     sync::{Arc, Mutex},
     time::Instant,
 };
 
 use lawson_core::{
-    DType, Error, Result, TensorMut, TensorRef,
+    DType, Error, ErrorKind, Result, Storage, StorageMut, TensorMut, TensorRef,
     plan::BlockPlan,
     problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape, RopeFrequencies},
 };
@@ -15,12 +16,17 @@ use lawson_cpu::{
     kernels::{attention::MaskRows, rows::Rows},
     pack::{PackedMatrix, tile_columns},
 };
+use lawson_cuda::{
+    DeviceBuffer, Gpu,
+    executor::{Captured, MaskAt, Operands as DeviceOperands},
+    weights::{DeviceWeights, Given},
+};
 
 use crate::{
     BlockWeights, Checkpoint, Context,
     context::{Call, lock},
-    kv_cache::{Batch, LayerCache},
-    tensor::Tensor,
+    kv_cache::{Batch, KvCache, LayerCache},
+    tensor::{DeviceTensor, Tensor},
 };
 
 /// An arbitrary mask, [B or 1, H or 1, S, at least the longest past + S], row-major; nonzero is visible. Column j is cache row j.
@@ -109,16 +115,23 @@ impl AttentionBlockBuilder<'_> {
     pub fn build(self, context: &Context) -> Result<AttentionBlock> {
         self.spec.validate()?;
         self.weights.check(&self.spec)?;
-        let w = &self.weights;
-        let dtype = self.dtype.unwrap_or(w.q_weight.dtype());
-        let (a, kernels) = (&self.spec.attention, &context.0.cpu.kernels);
+        let dtype = self.dtype.unwrap_or(self.weights.q_weight.dtype());
+        let packed = match context.gpu() {
+            Some(gpu) => Packed::Gpu(self.upload(gpu, dtype)?),
+            None => Packed::Cpu(self.pack(context, dtype)?),
+        };
+        let inner = Inner { context: context.clone(), spec: self.spec, dtype, packed, frequencies: Mutex::new(None) };
+        Ok(AttentionBlock { inner: Arc::new(inner), level: self.level })
+    }
+
+    fn pack(&self, context: &Context, dtype: DType) -> Result<PackedBlock> {
+        let (w, a, kernels) = (&self.weights, &self.spec.attention, &context.0.cpu.kernels);
         let panel = kernels.panel();
         let pack = |name: &str, t: &TensorRef<'_>, columns: usize| {
             PackedMatrix::new(t, dtype, columns, kernels, &context.0.cpu.threads).map_err(|e| e.at(name))
         };
         let heads = |n: usize| tile_columns(a.head_dim, n, panel);
-        let values = |t: &Option<TensorRef<'_>>| t.as_ref().map(TensorRef::to_f32);
-        let packed = PackedBlock {
+        Ok(PackedBlock {
             q: pack("q_proj.weight", &w.q_weight, heads(a.q_dim()))?,
             k: pack("k_proj.weight", &w.k_weight, heads(a.kv_dim()))?,
             v: pack("v_proj.weight", &w.v_weight, heads(a.kv_dim()))?,
@@ -132,17 +145,44 @@ impl AttentionBlockBuilder<'_> {
             k_norm: values(&w.k_norm),
             sinks: values(&w.sinks),
             alibi_slopes: values(&w.alibi_slopes),
-        };
-        let inner = Inner { context: context.clone(), spec: self.spec, dtype, packed, frequencies: Mutex::new(None) };
-        Ok(AttentionBlock { inner: Arc::new(inner), level: self.level })
+        })
     }
+
+    fn upload(&self, gpu: &Gpu, dtype: DType) -> Result<DeviceWeights> {
+        let w = &self.weights;
+        let given = Given {
+            q: w.q_weight,
+            k: w.k_weight,
+            v: w.v_weight,
+            o: w.o_weight,
+            q_bias: values(&w.q_bias),
+            k_bias: values(&w.k_bias),
+            v_bias: values(&w.v_bias),
+            o_bias: values(&w.o_bias),
+            input_norm: values(&w.input_norm),
+            q_norm: values(&w.q_norm),
+            k_norm: values(&w.k_norm),
+            sinks: values(&w.sinks),
+            alibi_slopes: values(&w.alibi_slopes),
+        };
+        DeviceWeights::new(gpu.device(), &self.spec, &given, dtype)
+    }
+}
+
+fn values(t: &Option<TensorRef<'_>>) -> Option<Vec<f32>> {
+    t.as_ref().map(TensorRef::to_f32)
+}
+
+enum Packed {
+    Cpu(PackedBlock),
+    Gpu(DeviceWeights),
 }
 
 struct Inner {
     context: Context,
     spec: BlockSpec,
     dtype: DType,
-    packed: PackedBlock,
+    packed: Packed,
     /// RoPE frequencies and the `length_key` they were computed for.
     frequencies: Mutex<Option<(usize, Arc<RopeFrequencies>)>>,
 }
@@ -223,7 +263,10 @@ impl AttentionBlock {
     }
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
-        self.inner.packed.bytes()
+        match &self.inner.packed {
+            Packed::Cpu(p) => p.bytes(),
+            Packed::Gpu(p) => p.bytes(),
+        }
     }
 
     /// The plan of a call with `new[b]` new tokens behind `past[b]` rows of sequence b.
@@ -266,6 +309,21 @@ impl AttentionBlock {
     /// # Errors
     /// As [`AttentionBlock::forward`].
     pub fn forward_timed(&self, args: Args<'_>) -> Result<(Arc<BlockPlan>, Vec<f64>)> {
+        if let Some(gpu) = self.inner.context.gpu() {
+            let mut events = vec![gpu.device().record()?];
+            let mut failed = None;
+            let plan = self.run(args, &mut |_, _| match gpu.device().record() {
+                Ok(event) => events.push(event),
+                Err(e) => failed = Some(e),
+            })?;
+            gpu.device().synchronize()?;
+            if let Some(e) = failed {
+                return Err(e);
+            }
+            let lap = |pair: &[lawson_cuda::Event]| Ok(pair[1].ms_since(&pair[0])? * 1e-3);
+            let seconds = events.windows(2).map(lap).collect::<Result<_>>()?;
+            return Ok((plan, seconds));
+        }
         let mut laps: Vec<(usize, usize, f64)> = Vec::new();
         let mut last = Instant::now();
         let plan = self.run(args, &mut |stage, step| {
@@ -285,8 +343,9 @@ impl AttentionBlock {
     fn run(&self, mut args: Args<'_>, monitor: &mut dyn FnMut(usize, usize)) -> Result<Arc<BlockPlan>> {
         let (inner, spec) = (&*self.inner, &self.inner.spec);
         let (new, cache) = (args.batch.new_tokens(), args.cache.cache());
-        check_tensor("x", &args.x, args.batch, spec.hidden_size, inner.dtype)?;
-        check_tensor("y", &args.y.as_ref(), args.batch, spec.hidden_size, inner.dtype)?;
+        let on_gpu = inner.context.gpu().is_some();
+        check_tensor("x", &args.x, args.batch, spec.hidden_size, inner.dtype, on_gpu)?;
+        check_tensor("y", &args.y.as_ref(), args.batch, spec.hidden_size, inner.dtype, on_gpu)?;
         let a = &spec.attention;
         if (cache.kv_heads(), cache.head_dim()) != (a.kv_heads, a.head_dim) {
             return Err(Error::invalid(format!(
@@ -303,14 +362,22 @@ impl AttentionBlock {
         let call = Call { spec, new, past: cache.lengths(), mask, dtype: inner.dtype, kv_dtype: cache.dtype() };
         let plan = inner.context.plan_call(&call, self.level)?;
         let frequencies = inner.frequencies(longest);
+        let packed = match &inner.packed {
+            Packed::Cpu(packed) => packed,
+            Packed::Gpu(weights) => {
+                let frequencies = frequencies.as_deref();
+                inner.run_on_gpu(&plan, weights, args, frequencies, monitor)?;
+                return Ok(plan);
+            }
+        };
         let stride = spec.hidden_size;
         let x = Rows { start: args.x.storage().as_ptr().cast_mut(), dtype: inner.dtype, stride };
         let y = Rows { start: args.y.storage_mut().as_mut_ptr(), dtype: inner.dtype, stride };
         let cpu = &inner.context.0.cpu;
         let mut workspace = inner.context.workspace();
-        let rows = args.cache.rows();
+        let rows = args.cache.rows()?;
         let operands = Operands {
-            weights: &inner.packed,
+            weights: packed,
             x,
             y,
             new,
@@ -322,6 +389,139 @@ impl AttentionBlock {
         // SAFETY: every shape and dtype was checked above; y and the cache are borrowed mutably, the workspace is locked.
         unsafe { executor::run(&cpu.kernels, &cpu.threads, &plan, &operands, &mut workspace, monitor)? };
         Ok(plan)
+    }
+}
+
+/// A call of a block on a GPU, kept as a CUDA graph with the memory it works on. One graph serves a growing cache: lengths are read from
+/// device memory.
+pub struct CapturedCall {
+    /// Dropped before the memory that it works on.
+    captured: Captured,
+    block: AttentionBlock,
+    batch: Batch,
+    cache: KvCache,
+    layer: usize,
+    x: DeviceTensor,
+    y: DeviceTensor,
+    plan: Arc<BlockPlan>,
+    /// What the RoPE frequencies of the graph depend on.
+    length_key: usize,
+}
+
+impl AttentionBlock {
+    /// Keeps the call of `x` with `batch` behind the rows of `layer` of `cache` as a graph, after running it once.
+    ///
+    /// # Errors
+    /// `Unavailable` when the block is not on a GPU; else as [`AttentionBlock::forward`].
+    pub fn capture(
+        &self,
+        x: DeviceTensor,
+        batch: Batch,
+        mut cache: KvCache,
+        layer: usize,
+        mut y: DeviceTensor,
+    ) -> Result<CapturedCall> {
+        if layer >= cache.layers() {
+            return Err(Error::invalid(format!("layer {layer} of a cache of {} layers", cache.layers())));
+        }
+        // All checks, and everything that a first call does.
+        self.forward(Args { x: x.as_ref(), batch: &batch, mask: None, cache: cache.layer(layer), y: y.as_mut() })?;
+        let (plan, captured, length_key) = self.record(&x, &batch, &mut cache, layer, &y)?;
+        Ok(CapturedCall { block: self.clone(), batch, cache, layer, x, y, plan, captured, length_key })
+    }
+
+    /// The graph of a call that was checked, planned for all rows of the cache.
+    fn record(
+        &self,
+        x: &DeviceTensor,
+        batch: &Batch,
+        cache: &mut KvCache,
+        layer: usize,
+        y: &DeviceTensor,
+    ) -> Result<(Arc<BlockPlan>, Captured, usize)> {
+        let inner = &*self.inner;
+        let (Packed::Gpu(weights), Some(gpu)) = (&inner.packed, inner.context.gpu()) else {
+            return Err(Error::new(ErrorKind::Unavailable, "only a block on a GPU can be captured"));
+        };
+        let new = batch.new_tokens();
+        let room: Vec<usize> = new.iter().map(|n| cache.capacity() - n).collect();
+        let (dtype, kv_dtype) = (inner.dtype, cache.dtype());
+        let plan =
+            inner.context.plan_exactly(&Call { spec: &inner.spec, new, past: &room, mask: None, dtype, kv_dtype }, self.level)?;
+        let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
+        let frequencies = inner.frequencies(longest);
+        let rows = cache.layer(layer).device_rows(&inner.context)?;
+        let operands = DeviceOperands {
+            weights,
+            x: x.buffer().ptr(),
+            y: y.buffer().ptr(),
+            new,
+            past: cache.lengths(),
+            cache: rows,
+            mask: None,
+            frequencies: frequencies.as_deref(),
+        };
+        // SAFETY: shapes, dtypes and the device were checked by the call before; `CapturedCall` owns x, y and the cache and drops the graph,
+        // which waits for its replays, before them.
+        let captured = unsafe { gpu.capture(&plan, &operands)? };
+        Ok((plan, captured, inner.spec.rope.as_ref().map_or(0, |r| r.length_key(longest))))
+    }
+}
+
+impl CapturedCall {
+    /// Enqueues the call behind the cache's valid rows; [`KvCache::commit`] makes the new ones valid.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the cache has no room, `Device`.
+    pub fn replay(&mut self) -> Result<()> {
+        self.cache.check(&self.batch)?;
+        if let Some(rope) = &self.block.inner.spec.rope {
+            let longest = self.batch.new_tokens().iter().zip(self.cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
+            if rope.length_key(longest) != self.length_key {
+                (self.plan, self.captured, self.length_key) =
+                    self.block.record(&self.x, &self.batch, &mut self.cache, self.layer, &self.y)?;
+            }
+        }
+        self.captured.replay(self.batch.new_tokens(), self.cache.lengths())
+    }
+
+    /// Seconds of each of `times` replays in a row, by the device's own clock.
+    ///
+    /// # Errors
+    /// As [`CapturedCall::replay`].
+    pub fn replay_timed(&mut self, times: usize) -> Result<f64> {
+        let context = self.block.inner.context.clone();
+        let Some(gpu) = context.gpu() else { return Err(Error::invalid("a captured call needs its GPU")) };
+        let start = gpu.device().record()?;
+        (0..times).try_for_each(|_| self.replay())?;
+        let end = gpu.device().record()?;
+        gpu.device().synchronize()?;
+        Ok(end.ms_since(&start)? * 1e-3 / times.max(1) as f64)
+    }
+
+    /// How the call is computed.
+    pub fn plan(&self) -> &Arc<BlockPlan> {
+        &self.plan
+    }
+    /// Input, for the next replay.
+    pub fn x_mut(&mut self) -> &mut DeviceTensor {
+        &mut self.x
+    }
+    /// Output of the last replay.
+    pub fn y(&self) -> &DeviceTensor {
+        &self.y
+    }
+    /// Output, to be overwritten before the next replay.
+    pub fn y_mut(&mut self) -> &mut DeviceTensor {
+        &mut self.y
+    }
+    /// The cache.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+    /// The cache, to commit, truncate or fill it.
+    pub fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
     }
 }
 
@@ -340,9 +540,82 @@ impl Inner {
             }
         }
     }
+
+    /// Enqueues the call. Host tensors go to the device and back, which waits; tensors on the device stay there.
+    fn run_on_gpu(
+        &self,
+        plan: &BlockPlan,
+        weights: &DeviceWeights,
+        mut args: Args<'_>,
+        frequencies: Option<&RopeFrequencies>,
+        monitor: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
+        let Some(gpu) = self.context.gpu() else { return Err(Error::invalid("a block on a GPU needs a context of it")) };
+        let device = gpu.device();
+        let bytes = args.batch.tokens() * self.spec.hidden_size * self.dtype.size();
+        let (x, _x) = match args.x.storage() {
+            Storage::Device(d) => (on_device("x", d.memory(), gpu, bytes)?, None),
+            Storage::F32(s) => upload(device.upload(s)?),
+            Storage::BF16(s) => upload(device.upload(s)?),
+            Storage::F16(s) => upload(device.upload(s)?),
+            _ => return Err(Error::invalid("x lies in memory that no GPU reads")),
+        };
+        let y_view = args.y.as_ref();
+        let (y, result) = match y_view.storage() {
+            Storage::Device(d) => (on_device("y", d.memory(), gpu, bytes)?, None),
+            _ => upload(device.alloc(bytes)?),
+        };
+        // It goes back to the pool below, whose next user comes behind this call in the stream.
+        let mask = args.mask.map(|m| Ok::<_, Error>((device.upload(m.data)?, m.rows()))).transpose()?;
+        let operands = DeviceOperands {
+            weights,
+            x,
+            y,
+            new: args.batch.new_tokens(),
+            past: args.cache.cache().lengths(),
+            cache: args.cache.device_rows(&self.context)?,
+            mask: mask.as_ref().map(|(buffer, rows)| MaskAt {
+                address: buffer.ptr(),
+                sequence_stride: rows.sequence_stride as i64,
+                head_stride: rows.head_stride as i64,
+                row_stride: rows.row_stride as i64,
+            }),
+            frequencies,
+        };
+        let mut behind = |step: usize| {
+            // A plan for a GPU has one stage.
+            monitor(0, step);
+            Ok(())
+        };
+        // SAFETY: every shape and dtype was checked by the caller, and that the memory is this device's and large enough here or by the cache; y and the
+        // cache are borrowed mutably, and whoever reads or frees device memory goes through the device's stream.
+        unsafe { gpu.run(plan, &operands, &mut behind)? };
+        let Some(result) = result else { return Ok(()) };
+        match args.y.storage_mut() {
+            StorageMut::F32(s) => result.read(s),
+            StorageMut::BF16(s) => result.read(s),
+            StorageMut::F16(s) => result.read(s),
+            _ => Ok(()),
+        }
+    }
 }
 
-fn check_tensor(name: &str, t: &TensorRef<'_>, batch: &Batch, width: usize, dtype: DType) -> Result<()> {
+fn upload(buffer: DeviceBuffer) -> (u64, Option<DeviceBuffer>) {
+    (buffer.ptr(), Some(buffer))
+}
+
+/// The address of a tensor that the caller keeps on `gpu`.
+fn on_device(name: &str, memory: &(dyn Any + Send + Sync), gpu: &Gpu, bytes: usize) -> Result<u64> {
+    let Some(buffer) = memory.downcast_ref::<DeviceBuffer>() else {
+        return Err(Error::invalid(format!("{name} lies in memory of another kind of device than the block's")));
+    };
+    if buffer.device().stream() != gpu.device().stream() || buffer.bytes() < bytes {
+        return Err(Error::invalid(format!("{name} lies on another device or context than the block, or is too short")));
+    }
+    Ok(buffer.ptr())
+}
+
+fn check_tensor(name: &str, t: &TensorRef<'_>, batch: &Batch, width: usize, dtype: DType, on_gpu: bool) -> Result<()> {
     let new = batch.new_tokens();
     let fits = match *t.shape() {
         [rows, e] => rows == batch.tokens() && e == width,
@@ -359,6 +632,9 @@ fn check_tensor(name: &str, t: &TensorRef<'_>, batch: &Batch, width: usize, dtyp
     }
     if t.dtype() != dtype {
         return Err(Error::invalid(format!("{name} is {}, the block computes in {dtype}", t.dtype())));
+    }
+    if !on_gpu && !t.storage().is_host() {
+        return Err(Error::invalid(format!("{name} lies on a device, but the block is the CPU's")));
     }
     if !t.is_contiguous() {
         return Err(Error::invalid(format!("{name} must be contiguous, got strides {:?}", t.strides())));

@@ -14,6 +14,7 @@ use lawson_core::{
     problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape},
 };
 use lawson_cpu::{Cpu, Isa, executor::Workspace};
+use lawson_cuda::Gpu;
 
 /// Where blocks are computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -74,7 +75,10 @@ struct Kept {
 }
 
 pub(crate) struct Inner {
+    /// Computes where there is no GPU; prepares what goes to one.
     pub cpu: Cpu,
+    pub gpu: Option<Gpu>,
+    fallback: Option<String>,
     kernels: Vec<KernelInfo>,
     machine: MachineProfile,
     workspace: Mutex<Workspace>,
@@ -88,7 +92,10 @@ pub struct Context(pub(crate) Arc<Inner>);
 
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Context({}, {} threads)", self.isa(), self.threads())
+        match &self.0.gpu {
+            Some(gpu) => write!(f, "Context({})", gpu.device().info()),
+            None => write!(f, "Context({}, {} threads)", self.isa(), self.threads()),
+        }
     }
 }
 
@@ -109,7 +116,7 @@ impl Context {
     /// # Errors
     /// `InvalidInput` or `Unavailable` when `LAWSON_ISA` names what is unknown or missing; `Device` when no thread can be started.
     pub fn cpu() -> Result<Self> {
-        Self::new(ContextOptions::default())
+        Self::new(ContextOptions { device: Device::Cpu, ..ContextOptions::default() })
     }
 
     /// A context as `options` say.
@@ -117,18 +124,51 @@ impl Context {
     /// # Errors
     /// As [`Context::cpu`]; `Unavailable` for a device that is missing; `InvalidInput` for a number of threads out of range.
     pub fn new(options: ContextOptions) -> Result<Self> {
-        if let Device::Cuda(_) = options.device {
-            let what = "this build has no CUDA backend; use --device cpu or auto";
-            return Err(Error::new(ErrorKind::Unavailable, format!("device {}: {what}", options.device)));
-        }
         let threads = options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         let cpu = Cpu::new(options.isa.map_or_else(Isa::choose, Ok)?, threads)?;
-        let (kernels, machine) = (cpu.kernels(), cpu.profile());
+        let (gpu, fallback) = match options.device {
+            Device::Cpu => (None, None),
+            Device::Cuda(n) => (Some(open(n).map_err(|e| e.at(&format!("device {}", options.device)))?), None),
+            // An instruction set that is asked for is one of the CPU's.
+            Device::Auto if options.isa.is_some() => (None, None),
+            Device::Auto => match open(0) {
+                Ok(gpu) => (Some(gpu), None),
+                Err(e) => (None, Some(e.to_string())),
+            },
+        };
+        let (kernels, machine) = match &gpu {
+            Some(gpu) => (gpu.kernels(), gpu.profile()),
+            None => (cpu.kernels(), cpu.profile()),
+        };
         let workspace = Mutex::new(Workspace::new()?);
-        Ok(Context(Arc::new(Inner { cpu, kernels, machine, workspace, plans: Mutex::new(Vec::new()) })))
+        let plans = Mutex::new(Vec::new());
+        Ok(Context(Arc::new(Inner { cpu, gpu, fallback, kernels, machine, workspace, plans })))
     }
 
-    /// The instruction set in use.
+    /// Where blocks are computed: `Cpu` or `Cuda`.
+    pub fn device(&self) -> Device {
+        self.0.gpu.as_ref().map_or(Device::Cpu, |gpu| Device::Cuda(gpu.device().info().ordinal))
+    }
+    /// Why [`Device::Auto`] took the CPU.
+    pub fn fallback(&self) -> Option<&str> {
+        self.0.fallback.as_deref()
+    }
+    /// The GPU of a context that has one.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.0.gpu.as_ref()
+    }
+    /// Refuses what only the CPU can do yet.
+    pub(crate) fn on_cpu(&self, what: &str) -> Result<()> {
+        match &self.0.gpu {
+            Some(_) => Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("{what} by itself is not available on device {} yet; use a context of the CPU", self.device()),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The CPU's instruction set in use.
     pub fn isa(&self) -> Isa {
         self.0.cpu.kernels.isa
     }
@@ -146,27 +186,36 @@ impl Context {
     }
     /// Bytes of workspace held.
     pub fn workspace_bytes(&self) -> usize {
-        lock(&self.0.workspace).bytes()
+        self.0.gpu.as_ref().map_or_else(|| lock(&self.0.workspace).bytes(), Gpu::workspace_bytes)
     }
     /// Waits until everything enqueued is done, and reports its failure. On a CPU calls return when they are done.
     ///
     /// # Errors
     /// `Device` when the device failed.
     pub fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.device().synchronize())
     }
 
-    /// Operations per second of all threads on elements of `dtype`, measured: f32 FMA, or dot products where the instruction set has them for
-    /// `dtype`.
-    pub fn measure_peak(&self, dtype: DType) -> f64 {
-        lawson_cpu::machine::measure_peak(&self.0.cpu.kernels, &self.0.cpu.threads, dtype)
-    }
-    /// Bytes per second that all threads read from memory, measured.
+    /// Operations per second on elements of `dtype`, measured: f32 FMA of all threads, or dot products where the instruction set has them for
+    /// `dtype`; a large matrix product on a GPU.
     ///
     /// # Errors
-    /// `OutOfMemory`.
+    /// `OutOfMemory` or `Device` on a GPU.
+    pub fn measure_peak(&self, dtype: DType) -> Result<f64> {
+        match &self.0.gpu {
+            Some(gpu) => gpu.measure_peak(dtype),
+            None => Ok(lawson_cpu::machine::measure_peak(&self.0.cpu.kernels, &self.0.cpu.threads, dtype)),
+        }
+    }
+    /// Bytes per second from memory, measured: read by all threads; read and written by a large copy on a GPU.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, `Device`.
     pub fn measure_bandwidth(&self) -> Result<f64> {
-        lawson_cpu::machine::measure_bandwidth(&self.0.cpu.kernels, &self.0.cpu.threads)
+        match &self.0.gpu {
+            Some(gpu) => gpu.measure_bandwidth(),
+            None => lawson_cpu::machine::measure_bandwidth(&self.0.cpu.kernels, &self.0.cpu.threads),
+        }
     }
 
     /// The plan of `problem` at `level`, or the planner's choice when `None`. Past lengths are rounded up in steps of 256 rows, so that
@@ -187,6 +236,21 @@ impl Context {
             return Ok(Arc::clone(&kept.plan));
         }
         let past = call.past.iter().zip(call.new).map(|(&p, &n)| planned_past(p, n)).collect();
+        let plan = self.make_plan(call, past, level)?;
+        let mut plans = lock(&self.0.plans);
+        if plans.len() == KEPT_PLANS {
+            plans.remove(0);
+        }
+        plans.push(Kept { level, plan: Arc::clone(&plan) });
+        Ok(plan)
+    }
+
+    /// A plan for exactly these lengths, which is not kept.
+    pub(crate) fn plan_exactly(&self, call: &Call<'_>, level: Option<Level>) -> Result<Arc<BlockPlan>> {
+        self.make_plan(call, call.past.to_vec(), level)
+    }
+
+    fn make_plan(&self, call: &Call<'_>, past: Vec<usize>, level: Option<Level>) -> Result<Arc<BlockPlan>> {
         let problem = BlockProblem {
             spec: call.spec.clone(),
             batch: Lengths::ragged(call.new.to_vec(), past)?,
@@ -194,18 +258,12 @@ impl Context {
             dtype: call.dtype,
             kv_dtype: call.kv_dtype,
         };
-        let scratch = CpuScratch(&self.0.cpu);
-        let planner = Planner { machine: &self.0.machine, kernels: &self.0.kernels, scratch: &scratch };
-        let plan = Arc::new(match level {
+        let scratch: &dyn Scratch = if self.0.gpu.is_some() { &NoScratch } else { &CpuScratch(&self.0.cpu) };
+        let planner = Planner { machine: &self.0.machine, kernels: &self.0.kernels, scratch };
+        Ok(Arc::new(match level {
             Some(level) => planner.plan(&problem, level)?,
             None => planner.auto(&problem)?,
-        });
-        let mut plans = lock(&self.0.plans);
-        if plans.len() == KEPT_PLANS {
-            plans.remove(0);
-        }
-        plans.push(Kept { level, plan: Arc::clone(&plan) });
-        Ok(plan)
+        }))
     }
 
     pub(crate) fn kernels(&self) -> &[KernelInfo] {
@@ -233,6 +291,26 @@ impl Call<'_> {
             && self.past.iter().zip(self.new).map(|(&p, &n)| planned_past(p, n)).eq(p.batch.past().iter().copied())
             && (self.mask, self.dtype, self.kv_dtype) == (p.mask, p.dtype, p.kv_dtype)
             && *self.spec == p.spec
+    }
+}
+
+/// Opens a GPU with all that kernels and products need.
+fn open(ordinal: usize) -> Result<Gpu> {
+    Gpu::new(lawson_cuda::Device::open(ordinal)?)
+}
+
+/// A GPU's kernels keep what they need in registers and shared memory.
+struct NoScratch;
+
+impl Scratch for NoScratch {
+    fn gemm(&self, _: &BlockProblem, _: usize) -> usize {
+        0
+    }
+    fn attention(&self, _: &BlockProblem, _: usize) -> usize {
+        0
+    }
+    fn other(&self, _: &BlockProblem) -> usize {
+        0
     }
 }
 

@@ -2,6 +2,7 @@
 
 use lawson_core::{DType, Error, Result, problem::AttentionSpec};
 use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows};
+use lawson_cuda::{DeviceBuffer, kernels::cache::Cache, weights};
 
 use crate::Context;
 
@@ -47,7 +48,7 @@ impl Batch {
 /// All layers share the sequences' lengths. A call of a block writes its layer's new rows behind them; [`KvCache::commit`] makes them
 /// valid after the last layer, so that a failed call changes nothing.
 pub struct KvCache {
-    memory: AlignedBytes,
+    memory: Memory,
     dtype: DType,
     layers: usize,
     kv_heads: usize,
@@ -58,14 +59,19 @@ pub struct KvCache {
     lengths: Vec<usize>,
 }
 
+enum Memory {
+    Host(AlignedBytes),
+    Device(DeviceBuffer),
+}
+
 impl KvCache {
     /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows. The
-    /// context decides where its memory lies: today in that of the CPU.
+    /// context decides where its memory lies.
     ///
     /// # Errors
     /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`.
     pub fn new(
-        _: &Context,
+        context: &Context,
         spec: &AttentionSpec,
         layers: usize,
         sequences: usize,
@@ -87,7 +93,14 @@ impl KvCache {
                 "a cache of {layers} layers, {sequences} sequences and {capacity} rows is too large"
             )));
         };
-        let memory = AlignedBytes::new(bytes)?;
+        let memory = match context.gpu() {
+            Some(gpu) => {
+                let buffer = gpu.device().alloc(bytes)?;
+                buffer.fill(0)?;
+                Memory::Device(buffer)
+            }
+            None => Memory::Host(AlignedBytes::new(bytes)?),
+        };
         let (kv_heads, head_dim) = (spec.kv_heads, spec.head_dim);
         Ok(KvCache { memory, dtype, layers, kv_heads, head_dim, rows, capacity, lengths: vec![0; sequences] })
     }
@@ -118,7 +131,10 @@ impl KvCache {
     }
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.memory.len()
+        match &self.memory {
+            Memory::Host(m) => m.len(),
+            Memory::Device(m) => m.bytes(),
+        }
     }
 
     /// The cache of one layer, for one call.
@@ -182,10 +198,22 @@ impl KvCache {
     /// a call has written may be read before they are committed.
     ///
     /// # Errors
-    /// `InvalidInput` when layer, sequence or rows are out of range.
+    /// `InvalidInput` when layer, sequence or rows are out of range; `Device` when the device failed.
     pub fn export(&self, layer: usize, b: usize, rows: usize) -> Result<(Vec<f32>, Vec<f32>)> {
         self.check_rows(layer, b, rows)?;
-        let cache = self.rows(layer);
+        if let Memory::Device(memory) = &self.memory {
+            let copy = |keys: bool| -> Result<Vec<f32>> {
+                let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
+                let mut bytes = vec![0u8; rows * self.head_dim * self.dtype.size()];
+                for g in 0..self.kv_heads {
+                    memory.read_at(self.offset(layer, keys, b, g) * self.dtype.size(), &mut bytes)?;
+                    out.extend(weights::decode(&bytes, self.dtype));
+                }
+                Ok(out)
+            };
+            return Ok((copy(true)?, copy(false)?));
+        }
+        let cache = self.rows(layer)?;
         let copy = |keys: bool| {
             let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
             for g in 0..self.kv_heads {
@@ -233,7 +261,18 @@ impl KvCache {
                 v.len()
             )));
         }
-        let cache = self.rows(layer);
+        if let Memory::Device(memory) = &self.memory {
+            let slab = rows * self.head_dim;
+            for g in 0..self.kv_heads {
+                for (keys, from) in [(true, k), (false, v)] {
+                    let bytes = weights::encode(&from[g * slab..(g + 1) * slab], self.dtype);
+                    memory.write_at(self.offset(layer, keys, b, g) * self.dtype.size(), &bytes)?;
+                }
+            }
+            self.lengths[b] = rows;
+            return Ok(());
+        }
+        let cache = self.rows(layer)?;
         let d = self.head_dim;
         for (i, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
             let (g, r) = (i / rows, i % rows);
@@ -270,13 +309,51 @@ impl KvCache {
         Ok(())
     }
 
-    /// Where kernels find a layer: [layer][keys, values][B][G][rows][D].
-    fn rows(&self, layer: usize) -> CacheRows {
-        let head_stride = self.rows * self.head_dim;
-        let sequence_stride = head_stride * self.kv_heads;
-        let half = sequence_stride * self.lengths.len() * self.dtype.size();
-        let k = self.memory.as_ptr().wrapping_add(2 * layer * half);
-        CacheRows { k, v: k.wrapping_add(half), dtype: self.dtype, sequence_stride, head_stride, row_stride: self.head_dim }
+    /// Elements from one head to the next, from one sequence to the next, and of all keys or values of a layer: [layer][keys,
+    /// values][B][G][rows][D].
+    fn strides(&self) -> (usize, usize, usize) {
+        let head = self.rows * self.head_dim;
+        let sequence = head * self.kv_heads;
+        (head, sequence, sequence * self.lengths.len())
+    }
+
+    /// Where a head's rows begin, in elements.
+    fn offset(&self, layer: usize, keys: bool, b: usize, g: usize) -> usize {
+        let (head, sequence, half) = self.strides();
+        (2 * layer + usize::from(!keys)) * half + b * sequence + g * head
+    }
+
+    /// Where the CPU's kernels find a layer.
+    fn rows(&self, layer: usize) -> Result<CacheRows> {
+        let Memory::Host(memory) = &self.memory else {
+            return Err(Error::invalid("the cache lies on a GPU, the block on the CPU; make both with one context"));
+        };
+        let (head_stride, sequence_stride, half) = self.strides();
+        let half = half * self.dtype.size();
+        let k = memory.as_ptr().wrapping_add(2 * layer * half);
+        let v = k.wrapping_add(half);
+        Ok(CacheRows { k, v, dtype: self.dtype, sequence_stride, head_stride, row_stride: self.head_dim })
+    }
+
+    /// Where the kernels of the GPU that `context` has find a layer.
+    fn device_rows(&self, layer: usize, context: &Context) -> Result<Cache> {
+        let here = |m: &DeviceBuffer| context.gpu().is_some_and(|gpu| gpu.device().stream() == m.device().stream());
+        let Memory::Device(memory) = &self.memory else {
+            return Err(Error::invalid("the cache lies in host memory, the block on a GPU; make both with one context"));
+        };
+        if !here(memory) {
+            return Err(Error::invalid("the cache was made with another context than the block"));
+        }
+        let (head, sequence, half) = self.strides();
+        let k = memory.ptr() + (2 * layer * half * self.dtype.size()) as u64;
+        Ok(Cache {
+            k,
+            v: k + (half * self.dtype.size()) as u64,
+            sequence_stride: sequence as i64,
+            head_stride: head as i64,
+            row_stride: self.head_dim as i64,
+            ..Cache::default()
+        })
     }
 }
 
@@ -290,7 +367,10 @@ impl LayerCache<'_> {
     pub(crate) fn cache(&self) -> &KvCache {
         self.cache
     }
-    pub(crate) fn rows(&mut self) -> CacheRows {
+    pub(crate) fn rows(&mut self) -> Result<CacheRows> {
         self.cache.rows(self.layer)
+    }
+    pub(crate) fn device_rows(&self, context: &Context) -> Result<Cache> {
+        self.cache.device_rows(self.layer, context)
     }
 }

@@ -20,7 +20,7 @@ mod tensor;
 pub mod tensor_file;
 mod weights;
 
-pub use block::{Args, AttentionBlock, AttentionBlockBuilder, MaskRef};
+pub use block::{Args, AttentionBlock, AttentionBlockBuilder, CapturedCall, MaskRef};
 pub use block_file::BlockFile;
 pub use checkpoint::{Checkpoint, LayerWeights};
 pub use compute::{PreparedCall, compute};
@@ -36,5 +36,6 @@ pub use lawson_core::{
     },
 };
 pub use lawson_cpu::{Isa, machine};
-pub use tensor::Tensor;
+pub use lawson_cuda as cuda;
+pub use tensor::{DeviceTensor, Tensor};
 pub use weights::BlockWeights;

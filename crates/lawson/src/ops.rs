@@ -62,6 +62,7 @@ fn rows_mut(t: &mut TensorMut<'_>, stride: usize) -> Rows {
 /// # Errors
 /// `InvalidInput` when a shape or dtype does not fit, `OutOfMemory`.
 pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
+    context.on_cpu("attention")?;
     let (s, lengths) = (args.spec, args.lengths);
     let problem =
         AttentionProblem { kv_dtype: args.k.dtype(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
@@ -152,6 +153,7 @@ pub enum RopeMethod {
 /// # Errors
 /// `InvalidInput` when a shape does not fit, `OutOfMemory`.
 pub fn rope(context: &Context, x: &mut TensorMut<'_>, positions: &[usize], spec: &RopeSpec, method: RopeMethod) -> Result<()> {
+    context.on_cpu("RoPE")?;
     let &[tokens, heads, d] = x.shape() else {
         return Err(Error::invalid(format!("x has shape {:?}, needed [T, H, D]", x.shape())));
     };
@@ -229,6 +231,7 @@ pub enum SoftmaxMethod {
 /// # Errors
 /// `InvalidInput` when a shape or dtype does not fit or a tile is empty, `OutOfMemory`.
 pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, method: SoftmaxMethod) -> Result<()> {
+    context.on_cpu("softmax")?;
     let (&[count, width], true) = (x.shape(), x.is_contiguous() && x.dtype() == DType::F32) else {
         return Err(shape_error("x", x, "contiguous [rows, width] f32"));
     };
@@ -301,6 +304,7 @@ impl QkvWeights {
     /// # Errors
     /// `InvalidInput` when a weight is not a contiguous matrix or the widths differ, `OutOfMemory`.
     pub fn pack(context: &Context, q: &TensorRef<'_>, k: &TensorRef<'_>, v: &TensorRef<'_>, dtype: DType) -> Result<Self> {
+        context.on_cpu("the QKV projection")?;
         let cpu = &context.0.cpu;
         let pack = |name: &str, w: &TensorRef<'_>| {
             let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.panel());
@@ -331,6 +335,7 @@ pub fn qkv_projection(
     out: [&mut TensorMut<'_>; 3],
     fused: bool,
 ) -> Result<()> {
+    context.on_cpu("the QKV projection")?;
     let cpu = &context.0.cpu;
     if weights.parts.iter().any(|p| !p.fits(&cpu.kernels)) {
         return Err(Error::invalid(format!("the weights were packed for another instruction set than {}", cpu.kernels.isa)));

@@ -1,7 +1,10 @@
 //! Owned tensors.
 
 use half::{bf16, f16};
-use lawson_core::{DType, Error, Result, TensorMut, TensorRef};
+use lawson_core::{DType, DeviceElements, DeviceElementsMut, Error, ErrorKind, Result, Storage, TensorMut, TensorRef};
+use lawson_cuda::DeviceBuffer;
+
+use crate::Context;
 
 #[derive(Clone, Debug)]
 enum Data {
@@ -80,5 +83,65 @@ impl Tensor {
     /// All elements as f32, row-major.
     pub fn to_f32(&self) -> Vec<f32> {
         self.as_ref().to_f32()
+    }
+}
+
+/// A contiguous tensor in a GPU's memory.
+#[derive(Debug)]
+pub struct DeviceTensor {
+    buffer: DeviceBuffer,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl DeviceTensor {
+    /// A copy of `tensor` on the GPU of `context`.
+    ///
+    /// # Errors
+    /// `Unavailable` when the context has none; `InvalidInput` when the tensor is not contiguous in host memory; `OutOfMemory` with the sizes.
+    pub fn upload(context: &Context, tensor: &TensorRef<'_>) -> Result<Self> {
+        let Some(gpu) = context.gpu() else {
+            return Err(Error::new(ErrorKind::Unavailable, "a tensor on a device needs a context of a GPU"));
+        };
+        let buffer = match tensor.storage() {
+            _ if !tensor.is_contiguous() => None,
+            Storage::F32(s) => Some(gpu.device().upload(s)?),
+            Storage::BF16(s) => Some(gpu.device().upload(s)?),
+            Storage::F16(s) => Some(gpu.device().upload(s)?),
+            _ => None,
+        };
+        let buffer = buffer.ok_or_else(|| Error::invalid("only contiguous tensors in host memory go to a device"))?;
+        Ok(DeviceTensor { buffer, dtype: tensor.dtype(), shape: tensor.shape().to_vec() })
+    }
+
+    /// Length of every dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    /// The memory.
+    pub fn buffer(&self) -> &DeviceBuffer {
+        &self.buffer
+    }
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+    /// Borrowed for reading.
+    pub fn as_ref(&self) -> TensorRef<'_> {
+        let elements = DeviceElements::new(&self.buffer, self.dtype, self.len());
+        TensorRef::new(elements, &self.shape).expect("the memory has the shape it was made with")
+    }
+    /// Borrowed for writing.
+    pub fn as_mut(&mut self) -> TensorMut<'_> {
+        let len = self.len();
+        let elements = DeviceElementsMut::new(&mut self.buffer, self.dtype, len);
+        TensorMut::new(elements, &self.shape).expect("the memory has the shape it was made with")
+    }
+    /// All elements as f32, row-major; waits for the device.
+    ///
+    /// # Errors
+    /// `Device` when the device failed.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let bytes = self.buffer.to_vec::<u8>(self.len() * self.dtype.size())?;
+        Ok(lawson_cuda::weights::decode(&bytes, self.dtype))
     }
 }

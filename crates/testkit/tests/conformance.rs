@@ -3,7 +3,7 @@
 use lawson_core::{
     DType, Error, ErrorKind, Result,
     data::{BlockData, BlockOutput},
-    kernel::{Backend, KernelCase, KernelInfo, KernelOp, MachineProfile},
+    kernel::{Backend, DeviceKind, KernelCase, KernelInfo, KernelOp, MachineProfile},
     oracle::{self, AttentionInput},
     problem::{BlockProblem, Level, RopeLayout},
 };
@@ -112,6 +112,7 @@ impl Backend for Honest {
     fn profile(&self) -> MachineProfile {
         let isa = "portable".to_string();
         MachineProfile {
+            kind: DeviceKind::Cpu,
             name: isa.clone(),
             isa,
             threads: 1,

@@ -93,7 +93,7 @@ impl Limits {
     pub fn measure(session: &Session) -> Result<Self> {
         let peak = |dtype| session.context.measure_peak(dtype);
         let bandwidth = session.context.measure_bandwidth()?;
-        Ok(Limits { peak_flops: peak(DType::F32), bf16_peak_flops: peak(DType::BF16), bandwidth })
+        Ok(Limits { peak_flops: peak(DType::F32)?, bf16_peak_flops: peak(DType::BF16)?, bandwidth })
     }
 
     /// Operations per second that bind.

@@ -4,7 +4,18 @@
 //! `sources!`, its instances in [`instances`], and on the host a `#[repr(C)]` copy of its parameters that is
 //! [`KernelParams`](crate::KernelParams). Where the macros of a source differ, the source says what they are.
 
-use crate::nvrtc::{Instance, Source};
+#![allow(missing_docs, reason = "parameter structs mirror those of the sources, which say what each field is")]
+
+pub mod attention;
+pub mod cache;
+mod geometry;
+pub mod heads;
+mod instances;
+pub mod rows;
+
+pub use instances::instances;
+
+use crate::nvrtc::Source;
 
 /// NAME = file [kernels] [headers, those that they include too].
 macro_rules! sources {
@@ -20,9 +31,25 @@ macro_rules! sources {
     };
 }
 
-sources! {}
-
-/// Every instance that a plan may ask for. `tests/compile_all.rs` compiles them for every GPU it can.
-pub fn instances() -> Vec<Instance> {
-    Vec::new()
+sources! {
+    /// RMSNorm of rows.
+    NORM = "norm" ["rms_norm"] ["prelude.cuh"];
+    /// What follows the QKV projection.
+    QKV_EPILOGUE = "qkv_epilogue" ["qkv_epilogue"] ["prelude.cuh", "cache.cuh", "rope.cuh"];
+    /// Softmax of rows.
+    SOFTMAX = "softmax" ["softmax", "softmax_max", "softmax_exp", "softmax_divide"] ["prelude.cuh"];
+    /// Passes over scores.
+    SCORES = "scores" ["scores"] ["prelude.cuh", "cache.cuh"];
+    /// Copies of rows.
+    TRANSPOSE = "transpose" ["transpose_to_heads", "transpose_to_tokens", "gather_cache"] ["prelude.cuh", "cache.cuh"];
+    /// Sum with the residual.
+    RESIDUAL = "residual" ["residual"] ["prelude.cuh"];
+    /// Attention in f32 arithmetic.
+    ATTENTION_F32 = "attention_f32" ["attention_f32", "attention_f32_merge"] ["prelude.cuh", "cache.cuh"];
+    /// Attention of many queries on tensor cores.
+    ATTENTION_PREFILL = "attention_prefill" ["attention_prefill"]
+        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "softmax_state.cuh"];
+    /// Attention of few queries on tensor cores.
+    ATTENTION_DECODE = "attention_decode" ["attention_decode"]
+        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "softmax_state.cuh"];
 }

@@ -1,8 +1,10 @@
 //! From a problem and a level of fusion to steps, buffers and offsets.
 
+mod gpu;
+
 use lawson_core::{
     DType, Error, Result,
-    kernel::{KernelInfo, KernelOp, MachineProfile},
+    kernel::{DeviceKind, KernelInfo, KernelOp, MachineProfile},
     plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
     problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
 };
@@ -87,10 +89,11 @@ impl Planner<'_> {
             steps: 0,
             scratch: self.scratch.other(problem),
         };
-        match level {
-            Level::Unfused | Level::Minimal => d.materialised(level),
-            Level::Moderate => d.moderate(),
-            Level::Maximal => d.maximal(),
+        match (self.machine.kind, level) {
+            (DeviceKind::Gpu, _) => d.gpu(level),
+            (_, Level::Unfused | Level::Minimal) => d.materialised(level),
+            (_, Level::Moderate) => d.moderate(),
+            (_, Level::Maximal) => d.maximal(),
         }
         if let Some(l) = d.live.iter().find(|l| l.elements > MOST_ELEMENTS) {
             return Err(Error::invalid(format!("the buffer '{}' of level {level} is too large to address", l.name.name())));
@@ -182,6 +185,10 @@ impl Draft<'_> {
         self.row_block.map_or(self.tokens(), |r| r.min(self.tokens()))
     }
 
+    fn on_gpu(&self) -> bool {
+        self.planner.machine.kind == DeviceKind::Gpu
+    }
+
     fn begin(&mut self, row_block: Option<usize>) {
         self.row_block = row_block;
         self.stages.push(Stage { row_block, steps: Vec::new() });
@@ -197,6 +204,9 @@ impl Draft<'_> {
     }
 
     fn elements(&self, name: BufferName) -> (usize, DType) {
+        if self.on_gpu() {
+            return self.gpu_elements(name);
+        }
         let (a, p) = (&self.problem.spec.attention, self.problem);
         let strip = self.tile(KernelOp::Gemm).1;
         // Saturating: `plan` refuses what does not fit.
@@ -260,7 +270,9 @@ impl Draft<'_> {
 
     fn step(&mut self, op: Op, kernel: KernelOp, reads: &[Operand], writes: &[Operand], why: impl Into<String>) {
         reads.iter().chain(writes).for_each(|&o| self.touch(o));
-        if let Op::Projection(p) = op {
+        if let Op::Projection(p) = op
+            && !self.on_gpu()
+        {
             self.touch(Operand::Buffer(BufferName::Packed));
             self.scratch = self.scratch.max(self.planner.scratch.gemm(self.problem, p.row_tile));
         }
@@ -309,6 +321,7 @@ impl Draft<'_> {
             Op::InputNorm => 4.0 * t * e,
             Op::Projection(x) => 2.0 * t * e * columns(x.part),
             Op::QkNorm => 4.0 * t * (a.q_dim() + a.kv_dim()) as f64,
+            Op::HeadEpilogue { .. } => 10.0 * t * a.qkv_dim() as f64,
             Op::Rope | Op::RopeAppend => 6.0 * t * (a.q_dim() + a.kv_dim()) as f64,
             Op::Scores | Op::WeightedValues => 2.0 * d * scores,
             Op::Scale | Op::Alibi | Op::Mask => scores,

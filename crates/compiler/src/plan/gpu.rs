@@ -1,0 +1,205 @@
+//! Plans for a GPU: each step is one pass over all tokens of the call, q, k and v lie side by side in one buffer, and the GEMMs are a
+//! library's, whose epilogue holds bias and residual at most.
+
+use lawson_core::{
+    DType,
+    kernel::KernelOp,
+    plan::{BufferName, Op, Operand, Part, Projection, Rejected, TiledAttention},
+    problem::Level,
+};
+
+use super::Draft;
+
+/// Most new tokens of a sequence whose attention takes the decode kernel, which reads a key once for 16 packed rows of queries.
+const DECODE_TOKENS: usize = 8;
+/// Rows of queries, heads of a group packed, of a block of the decode kernel.
+const DECODE_ROWS: usize = 16;
+/// Rows of queries, heads of a group packed, of a block of the prefill kernel, for heads of up to 128 dimensions and for wider ones.
+const PREFILL_ROWS: [usize; 2] = [128, 64];
+/// Rows of the cache that a part of a split attention has at least.
+const LEAST_SPLIT: usize = 128;
+
+fn buffer(name: BufferName) -> Operand {
+    Operand::Buffer(name)
+}
+
+impl Draft<'_> {
+    /// The steps of a level.
+    pub(super) fn gpu(&mut self, level: Level) {
+        self.begin(None);
+        let mixed = self.problem.dtype != self.problem.kv_dtype;
+        match level {
+            Level::Unfused | Level::Minimal if !mixed => self.gpu_materialised(level),
+            _ => self.gpu_tiled(level),
+        }
+        if mixed && level <= Level::Minimal {
+            let why = "the library's products read one dtype, and the cache has another: the steps are those of moderate";
+            self.rejected.push(Rejected { what: "scores in memory".into(), why: why.into() });
+        }
+    }
+
+    /// Elements and dtype of a buffer.
+    pub(super) fn gpu_elements(&self, name: BufferName) -> (usize, DType) {
+        let (a, p) = (&self.problem.spec.attention, self.problem);
+        let (t, b) = (self.tokens(), p.batch.sequences());
+        let (new, rows) = (p.batch.max_new(), p.batch.max_len());
+        let product = |factors: &[usize]| factors.iter().fold(1usize, |n, &f| n.saturating_mul(f));
+        match name {
+            BufferName::H => (product(&[t, p.spec.hidden_size]), p.dtype),
+            BufferName::Qkv => (product(&[t, a.qkv_dim()]), self.gpu_qkv_dtype()),
+            BufferName::Q | BufferName::Attention => (product(&[t, a.q_dim()]), p.dtype),
+            BufferName::K => (product(&[t, a.kv_dim()]), p.dtype),
+            BufferName::QHeads | BufferName::OHeads => (product(&[b, new, a.q_dim()]), p.dtype),
+            BufferName::KHeads | BufferName::VHeads => (product(&[b, rows, a.kv_dim()]), p.kv_dtype),
+            BufferName::Scores => (product(&[b, a.heads, new, rows.next_multiple_of(8)]), DType::F32),
+            BufferName::Projected => (product(&[t, p.spec.hidden_size]), DType::F32),
+            BufferName::Parts => {
+                let parts = self.gpu_tiles().split.map_or(0, |s| rows.div_ceil(s));
+                // Kernels pad heads, to multiples of 64 at most.
+                (product(&[t, a.heads, parts, a.head_dim.next_multiple_of(64) + 2]), DType::F32)
+            }
+            _ => (0, DType::F32),
+        }
+    }
+
+    /// q, k and v are f32 where they are normed or turned after the product, the last pass rounds, and either several passes do so or they
+    /// stay in second-level cache, where width costs nothing.
+    fn gpu_qkv_dtype(&self) -> DType {
+        let (spec, machine) = (&self.problem.spec, self.planner.machine);
+        let turned = spec.rope.is_some() || spec.qk_norm.is_some();
+        let bytes = (self.tokens() * spec.attention.qkv_dim()).saturating_mul(DType::F32.size());
+        let wide = self.level <= Level::Minimal || bytes <= machine.l2_bytes / 2;
+        if turned && wide { DType::F32 } else { self.problem.dtype }
+    }
+
+    /// Queries of a block, and the parts that keys are split into where one block for each group of rows would leave multiprocessors idle.
+    fn gpu_tiles(&self) -> TiledAttention {
+        let (a, batch) = (&self.problem.spec.attention, &self.problem.batch);
+        let rows = batch.max_new() * a.group();
+        if batch.max_new() > DECODE_TOKENS {
+            let block = PREFILL_ROWS[usize::from(a.head_dim > 128)];
+            return TiledAttention { query_tile: (block / a.group()).max(1), split: None };
+        }
+        let blocks = batch.sequences() * a.kv_heads * rows.div_ceil(DECODE_ROWS);
+        let resident = self.planner.machine.threads * if a.head_dim <= 128 { 2 } else { 1 };
+        let parts = (resident / blocks.max(1)).clamp(1, batch.max_len().div_ceil(LEAST_SPLIT)).min(256);
+        TiledAttention { query_tile: 0, split: (parts > 1).then(|| batch.max_len().div_ceil(parts)) }
+    }
+
+    fn gpu_projection(&mut self, part: Part, folded: bool, residual: bool, reads: Operand, write: Operand, why: &str) {
+        let p = Projection { part, norm: folded, append: false, residual, row_tile: 0 };
+        let mut reads = vec![reads, Operand::Weights];
+        reads.extend(residual.then_some(Operand::X));
+        self.step(Op::Projection(p), KernelOp::Gemm, &reads, &[write], why);
+    }
+
+    fn gpu_output(&mut self, fused: bool) {
+        let o = buffer(BufferName::Attention);
+        match (self.problem.spec.residual, fused) {
+            (true, true) => {
+                self.gpu_projection(Part::O, false, true, o, Operand::Y, "bias and residual in the epilogue");
+            }
+            (true, false) => {
+                let projected = buffer(BufferName::Projected);
+                self.gpu_projection(Part::O, false, false, o, projected, "bias in the epilogue");
+                self.step(
+                    Op::Residual,
+                    KernelOp::Norm,
+                    &[projected, Operand::X],
+                    &[Operand::Y],
+                    "a pass of its own at this level",
+                );
+            }
+            (false, _) => self.gpu_projection(Part::O, false, false, o, Operand::Y, "bias in the epilogue"),
+        }
+    }
+
+    fn gpu_materialised(&mut self, level: Level) {
+        let spec = &self.problem.spec;
+        let (a, batch) = (&spec.attention, &self.problem.batch);
+        let x = self.normed_x();
+        let qkv = buffer(BufferName::Qkv);
+        if level == Level::Unfused {
+            for (part, why) in [(Part::Q, "three products, each reads x"), (Part::K, "as q"), (Part::V, "as q")] {
+                self.gpu_projection(part, false, false, x, qkv, why);
+            }
+        } else {
+            self.gpu_projection(Part::Qkv, false, false, x, qkv, "one product from concatenated weights");
+        }
+        // The last pass over q and k rounds them into buffers of their own.
+        let turned = [buffer(BufferName::Q), buffer(BufferName::K)];
+        let passes = spec.rope.is_some() || spec.qk_norm.is_some();
+        if spec.qk_norm.is_some() {
+            let writes: &[Operand] = if spec.rope.is_some() { &[qkv] } else { &turned };
+            self.step(Op::QkNorm, KernelOp::Norm, &[qkv], writes, "a pass of its own at this level");
+        }
+        if spec.rope.is_some() {
+            self.step(Op::Rope, KernelOp::Rope, &[qkv], &turned, "a pass of its own at this level");
+        }
+        let (q, k): (Operand, &[Operand]) = if passes { (turned[0], &[turned[1], qkv]) } else { (qkv, &[qkv]) };
+        self.step(Op::Append, KernelOp::Rope, k, &[Operand::Cache], "a copy of its own at this level");
+        let [qs, s, os] = [BufferName::QHeads, BufferName::Scores, BufferName::OHeads].map(buffer);
+        let prefill = KernelOp::AttentionPrefill;
+        self.step(Op::TransposeQ, prefill, &[q], &[qs], "heads apart, as a batch of products reads them");
+        // Rows behind the valid ones may hold anything, also what is no number.
+        let gathers = batch.past().iter().any(|&p| p > 0) || batch.new_tokens().iter().any(|&n| n != batch.max_new());
+        let (keys, values) = if gathers {
+            let heads = [BufferName::KHeads, BufferName::VHeads].map(buffer);
+            self.step(Op::Gather, prefill, &[Operand::Cache], &heads, "zeros behind the valid rows of each sequence");
+            (heads[0], heads[1])
+        } else {
+            (Operand::Cache, Operand::Cache)
+        };
+        self.step(Op::Scores, KernelOp::Gemm, &[qs, keys], &[s], "scores of every row, visible or not, through memory");
+        self.step(Op::Scale, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        if a.softcap.is_some() {
+            self.step(Op::Softcap, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        }
+        if a.alibi {
+            self.step(Op::Alibi, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
+        }
+        if a.causal || self.problem.mask.is_some() || gathers {
+            let reads: &[Operand] = if self.problem.mask.is_some() { &[s, Operand::Mask] } else { &[s] };
+            self.step(Op::Mask, KernelOp::Softmax, reads, &[s], "element-wise, in place");
+        }
+        self.step(Op::Softmax, KernelOp::Softmax, &[s], &[s], "in place, in the one score buffer");
+        self.step(Op::WeightedValues, KernelOp::Gemm, &[s, values], &[os], "probabilities of every row");
+        self.step(Op::TransposeO, prefill, &[os], &[buffer(BufferName::Attention)], "back to tokens");
+        self.gpu_output(false);
+        self.rejected.push(Rejected { what: "tiled attention".into(), why: format!("level {level} keeps the scores in memory") });
+    }
+
+    fn gpu_tiled(&mut self, level: Level) {
+        let spec = &self.problem.spec;
+        let qkv = buffer(BufferName::Qkv);
+        let folded = level == Level::Maximal && spec.input_norm.is_some();
+        let x = if folded { Operand::X } else { self.normed_x() };
+        let why = if folded { "the input norm's weight lies in W" } else { "one product from concatenated weights" };
+        self.gpu_projection(Part::Qkv, folded, false, x, qkv, why);
+        let reads: &[Operand] = if folded { &[qkv, Operand::X] } else { &[qkv] };
+        let q = if self.gpu_qkv_dtype() == self.problem.dtype { qkv } else { buffer(BufferName::Q) };
+        let writes = [q, Operand::Cache];
+        self.step(Op::HeadEpilogue { norm: folded }, KernelOp::Rope, reads, &writes, "each element is read and written once");
+        let tiled = self.gpu_tiles();
+        let kernel = if tiled.query_tile == 0 { KernelOp::AttentionDecode } else { KernelOp::AttentionPrefill };
+        let mut reads = vec![q, Operand::Cache];
+        reads.extend(self.problem.mask.map(|_| Operand::Mask));
+        let o = buffer(BufferName::Attention);
+        let why = match (tiled.query_tile, tiled.split) {
+            (0, None) => "few queries: heads of a group share each key".to_string(),
+            (0, Some(s)) => {
+                format!("few queries: keys in parts of {s} rows fill the multiprocessors; the last block of each merges")
+            }
+            (n, _) => format!("{n} queries of each head of a group a tile; scores stay in registers"),
+        };
+        let parts = buffer(BufferName::Parts);
+        let writes: &[Operand] = if tiled.split.is_some() { &[parts, o] } else { &[o] };
+        self.step(Op::Attention(tiled), kernel, &reads, writes, why);
+        self.gpu_output(level == Level::Maximal);
+        if level == Level::Maximal && spec.input_norm.is_none() && !spec.residual {
+            let why = "this block has no norm to fold and no residual to add: the steps are those of moderate";
+            self.rejected.push(Rejected { what: "more fusion".into(), why: why.into() });
+        }
+        self.rejected.push(Rejected { what: "scores in memory".into(), why: "tiled attention moves fewer bytes".into() });
+    }
+}

@@ -1,0 +1,443 @@
+//! Attention: `cu/attention_prefill.cu`, `cu/attention_decode.cu` on tensor cores, `cu/attention_f32.cu` for f32 and whatever those do not take.
+
+use std::fmt::Display;
+
+use lawson_core::{DType, Result, problem::AttentionSpec};
+
+use super::{ATTENTION_DECODE, ATTENTION_F32, ATTENTION_PREFILL, cache::Cache, geometry};
+use crate::{DeviceInfo, Instance, Kernel, KernelParams, Launch, Module};
+
+/// Addresses and strides of one call. Strides are in elements.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Call {
+    /// The cache.
+    pub cache: Cache,
+    /// Queries; token t, head h at t·q_stride + h·D.
+    pub q: u64,
+    /// From a token to the next in q.
+    pub q_stride: i64,
+    /// Results, as q.
+    pub out: u64,
+    /// From a token to the next in `out`.
+    pub out_stride: i64,
+    /// Log-sum-exp, [T, H], or 0.
+    pub lse: u64,
+    /// First token of each sequence, [B + 1].
+    pub starts: u64,
+    /// Past rows of each sequence, `[B]`.
+    pub past: u64,
+    /// `[H]` or 0.
+    pub sinks: u64,
+    /// `[H]` or 0.
+    pub slopes: u64,
+    /// Visible where nonzero, or 0.
+    pub mask: u64,
+    /// From a sequence's mask to the next.
+    pub mask_sequence_stride: i64,
+    /// From a head's mask to the next.
+    pub mask_head_stride: i64,
+    /// From a query's mask to the next.
+    pub mask_row_stride: i64,
+    /// Partial results, where keys are split.
+    pub parts: u64,
+    /// Zeros, one for each (sequence, group of rows), where keys are split; zeros again afterwards.
+    pub counters: u64,
+}
+
+/// What attention works on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// Heads, masking and score rules.
+    pub spec: AttentionSpec,
+    /// Of q and the result.
+    pub dtype: DType,
+    /// Of the cache.
+    pub kv_dtype: DType,
+    /// Sequences.
+    pub sequences: usize,
+    /// New tokens of all sequences.
+    pub tokens: usize,
+    /// Most new tokens of a sequence.
+    pub new: usize,
+    /// Most rows of a sequence.
+    pub rows: usize,
+    /// Whether there is an arbitrary mask.
+    pub mask: bool,
+    /// Whether the cache lies in pages.
+    pub paged: bool,
+    /// Whether the decode kernel is asked for.
+    pub decode: bool,
+    /// Parts that keys are split into, at least 1.
+    pub splits: usize,
+}
+
+/// Parameters of `attention_prefill`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PrefillParams {
+    pub q: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub starts: u64,
+    pub past: u64,
+    pub sinks: u64,
+    pub slopes: u64,
+    pub mask: u64,
+    pub q_stride: i64,
+    pub out_stride: i64,
+    pub mask_sequence_stride: i64,
+    pub mask_head_stride: i64,
+    pub mask_row_stride: i64,
+    pub cache: Cache,
+    pub scale: f32,
+    pub softcap: f32,
+    pub batch: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub causal: i32,
+    pub window: i32,
+    pub section: i32,
+    pub reserved: i32,
+}
+// SAFETY: #[repr(C)], the fields of the source's struct in its order, without padding.
+unsafe impl KernelParams for PrefillParams {}
+
+/// Parameters of `attention_decode`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DecodeParams {
+    pub q: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub parts: u64,
+    pub states: u64,
+    pub counters: u64,
+    pub starts: u64,
+    pub past: u64,
+    pub sinks: u64,
+    pub slopes: u64,
+    pub mask: u64,
+    pub q_stride: i64,
+    pub out_stride: i64,
+    pub mask_sequence_stride: i64,
+    pub mask_head_stride: i64,
+    pub mask_row_stride: i64,
+    pub cache: Cache,
+    pub scale: f32,
+    pub softcap: f32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub causal: i32,
+    pub window: i32,
+    pub reserved: i32,
+}
+// SAFETY: #[repr(C)], the fields of the source's struct in its order, without padding.
+unsafe impl KernelParams for DecodeParams {}
+
+/// Parameters of `attention_f32` and `attention_f32_merge`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct F32Params {
+    pub cache: Cache,
+    pub q: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub sinks: u64,
+    pub slopes: u64,
+    pub mask: u64,
+    pub starts: u64,
+    pub past: u64,
+    pub partial: u64,
+    pub q_stride: i64,
+    pub out_stride: i64,
+    pub mask_sequence_stride: i64,
+    pub mask_head_stride: i64,
+    pub mask_row_stride: i64,
+    pub sequences: i32,
+    pub tokens: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub splits: i32,
+    pub causal: i32,
+    pub window: i32,
+    pub aligned: i32,
+    pub scale: f32,
+    pub softcap: f32,
+    /// Up to a multiple of 8 bytes.
+    pub padding: i32,
+}
+// SAFETY: #[repr(C)], the fields of the source's struct in its order; the last is its padding.
+unsafe impl KernelParams for F32Params {}
+
+/// Dimensions of a head that the tensor-core kernels are compiled for; others take the next.
+const PADDED: [usize; 7] = [32, 64, 80, 96, 128, 192, 256];
+/// Rows of queries of a block of the decode kernel.
+const DECODE_ROWS: usize = 16;
+/// Shared memory of a multiprocessor of Hopper and of the large Ampere GPU; less asks for fewer stages.
+const AMPLE_SHARED: u32 = 200 * 1024;
+
+impl Shape {
+    /// Whether tensor cores take it.
+    fn fits_tensor_cores(&self) -> bool {
+        self.dtype != DType::F32 && self.dtype == self.kv_dtype && self.spec.head_dim <= 256
+    }
+
+    fn padded(&self) -> usize {
+        PADDED.into_iter().find(|&d| d >= self.spec.head_dim).unwrap_or(256)
+    }
+
+    fn score_features(&self) -> i64 {
+        i64::from(self.spec.softcap.is_some() || self.spec.alibi || self.mask)
+    }
+
+    fn row_tiles(&self) -> usize {
+        (self.new * self.spec.group()).div_ceil(DECODE_ROWS)
+    }
+
+    /// Counters that a split call needs.
+    pub fn counters(&self) -> usize {
+        self.sequences * self.row_tiles() * self.spec.kv_heads
+    }
+
+    fn tile_rows(&self) -> usize {
+        let rows = self.new * self.spec.group();
+        let most = if self.spec.head_dim > 128 { 32 } else { 64 };
+        if rows <= 16 { 16 } else { most.min(rows.next_power_of_two()) }
+    }
+
+    /// What is compiled.
+    pub fn instance(&self, info: &DeviceInfo) -> Instance {
+        self.instance_for(info.shared_memory_per_block)
+    }
+
+    /// The same where a block can have `shared` bytes of shared memory.
+    pub(super) fn instance_for(&self, shared: u32) -> Instance {
+        let paged = i64::from(self.paged);
+        if !self.fits_tensor_cores() {
+            let chunked = self.spec.head_dim > 256;
+            let padded = if chunked { 256 } else { self.f32_padded() };
+            let macros = [
+                ("DTYPE", geometry::code(self.dtype)),
+                ("KV_DTYPE", geometry::code(self.kv_dtype)),
+                ("HEAD_DIM_PADDED", padded as i64),
+                ("TILE_M", self.tile_rows() as i64),
+                ("CHUNKED", i64::from(chunked)),
+            ];
+            return Instance::new(&ATTENTION_F32, &macros);
+        }
+        let mut macros = vec![
+            ("DTYPE", geometry::code(self.dtype)),
+            ("HEAD_DIM_PADDED", self.padded() as i64),
+            ("PAGED", paged),
+            ("SCORE_FEATURES", self.score_features()),
+        ];
+        if self.takes_decode(shared) {
+            let stages = self.decode_stages(shared);
+            macros.extend((stages != self.most_stages()).then_some(("STAGES", stages as i64)));
+            return Instance::new(&ATTENTION_DECODE, &macros);
+        }
+        macros.extend((shared < AMPLE_SHARED).then_some(("STAGES", 1)));
+        Instance::new(&ATTENTION_PREFILL, &macros)
+    }
+
+    fn f32_padded(&self) -> usize {
+        [32, 64, 128, 192].into_iter().find(|&d| d >= self.spec.head_dim).unwrap_or(256)
+    }
+
+    /// Stages that the decode kernel takes by itself.
+    fn most_stages(&self) -> usize {
+        let p = self.padded();
+        ((if p <= 128 { 107_000 } else { 220_000 }) / (256 * (p + 8))).min(8)
+    }
+
+    /// As many as `shared` bytes hold.
+    fn decode_stages(&self, shared: u32) -> usize {
+        let fitting = (shared as usize).saturating_sub(528) / (256 * (self.padded() + 8));
+        self.most_stages().min(fitting)
+    }
+
+    /// Whether the decode kernel is asked for and has the two stages that it needs; the prefill kernel takes few queries too.
+    fn takes_decode(&self, shared: u32) -> bool {
+        self.decode && self.decode_stages(shared) >= 2
+    }
+}
+
+/// The kernel that a shape takes, with its geometry.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    kind: Kind,
+    shape: Shape,
+    section: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Prefill(Kernel<PrefillParams>, Launch),
+    Decode(Kernel<DecodeParams>, Launch),
+    F32 { kernel: Kernel<F32Params>, launch: Launch, merge: Option<Kernel<F32Params>> },
+}
+
+impl Attention {
+    /// Of `shape`, from its loaded instance.
+    ///
+    /// # Errors
+    /// As [`Module::kernel`].
+    pub fn new(module: &Module, shape: Shape, info: &DeviceInfo) -> Result<Self> {
+        let a = &shape.spec;
+        let (rows, pairs, d) = (shape.new * a.group(), shape.sequences * a.kv_heads, a.head_dim);
+        let p = shape.padded();
+        let kind = if !shape.fits_tensor_cores() {
+            let chunked = d > 256;
+            let (m, width) = (shape.tile_rows(), if chunked { 256 } else { shape.f32_padded() });
+            let q_buffers = if chunked { 2 } else { 1 };
+            let shared = 4 * (q_buffers * m * (if chunked { 32 } else { width } + 4) + 2 * 64 * 36 + 2 * 16 * width + m * 68);
+            let chunks = if chunked { d.div_ceil(256) } else { 1 };
+            let grid = [(rows.div_ceil(m) * shape.splits) as u32, a.kv_heads as u32, (shape.sequences * chunks) as u32];
+            let launch = Launch::new(grid, 256).shared(shared as u32).overlapping_previous();
+            let merge = if shape.splits > 1 { Some(module.kernel("attention_f32_merge")?) } else { None };
+            Kind::F32 { kernel: module.kernel("attention_f32")?, launch, merge }
+        } else if shape.takes_decode(info.shared_memory_per_block) {
+            let shared = 256 * (p + 8) * shape.decode_stages(info.shared_memory_per_block) + 528;
+            let grid = [shape.splits as u32, (shape.row_tiles() * a.kv_heads) as u32, shape.sequences as u32];
+            Kind::Decode(module.kernel("attention_decode")?, Launch::new(grid, 128).shared(shared as u32).overlapping_previous())
+        } else {
+            let (block, keys) = if p <= 128 { (128, 64) } else { (64, 32) };
+            let stages = if info.shared_memory_per_block < AMPLE_SHARED { 1 } else { 2 };
+            let shared = 2 * (p + 8) * (block + 2 * stages * keys) + 8 * block + 64;
+            let grid = [(rows.div_ceil(block) * pairs) as u32, 1, 1];
+            let launch = Launch::new(grid, 128).shared(shared as u32).overlapping_previous();
+            Kind::Prefill(module.kernel("attention_prefill")?, launch)
+        };
+        // So many pairs of sequence and head run side by side that their K and V stay in half of the second-level cache.
+        let section = (info.l2_bytes as usize / 2 / (4 * d * shape.rows).max(1)).clamp(1, pairs.max(1));
+        Ok(Attention { kind, shape, section })
+    }
+
+    /// Launches of one call.
+    pub fn launches(&self) -> usize {
+        1 + usize::from(matches!(self.kind, Kind::F32 { merge: Some(_), .. }))
+    }
+
+    /// Enqueues it.
+    ///
+    /// # Errors
+    /// As [`Kernel::launch`].
+    ///
+    /// # Safety
+    /// The addresses are of memory of the planned shapes and dtypes, as [`Kernel::launch`] demands.
+    pub unsafe fn run(&self, c: &Call, problem: &dyn Display) -> Result<()> {
+        let (s, a) = (&self.shape, &self.shape.spec);
+        let scale = a.scale() as f32;
+        let softcap = a.softcap.map_or(0.0, |c| c.get() as f32);
+        let window = a.window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX / 2));
+        let (heads, kv_heads, head_dim, causal) = (a.heads as i32, a.kv_heads as i32, a.head_dim as i32, i32::from(a.causal));
+        match &self.kind {
+            Kind::Prefill(kernel, launch) => {
+                let params = PrefillParams {
+                    q: c.q,
+                    out: c.out,
+                    lse: c.lse,
+                    starts: c.starts,
+                    past: c.past,
+                    sinks: c.sinks,
+                    slopes: c.slopes,
+                    mask: c.mask,
+                    q_stride: c.q_stride,
+                    out_stride: c.out_stride,
+                    mask_sequence_stride: c.mask_sequence_stride,
+                    mask_head_stride: c.mask_head_stride,
+                    mask_row_stride: c.mask_row_stride,
+                    cache: c.cache,
+                    scale,
+                    softcap,
+                    batch: s.sequences as i32,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    causal,
+                    window,
+                    section: self.section as i32,
+                    reserved: 0,
+                };
+                // SAFETY: the caller's.
+                unsafe { kernel.launch(launch, &params, problem) }
+            }
+            Kind::Decode(kernel, launch) => {
+                let states = c.parts + (s.tokens * a.heads * s.splits * s.padded() * 4) as u64;
+                let split = s.splits > 1;
+                let params = DecodeParams {
+                    q: c.q,
+                    out: c.out,
+                    lse: c.lse,
+                    parts: if split { c.parts } else { 0 },
+                    states: if split { states } else { 0 },
+                    counters: if split { c.counters } else { 0 },
+                    starts: c.starts,
+                    past: c.past,
+                    sinks: c.sinks,
+                    slopes: c.slopes,
+                    mask: c.mask,
+                    q_stride: c.q_stride,
+                    out_stride: c.out_stride,
+                    mask_sequence_stride: c.mask_sequence_stride,
+                    mask_head_stride: c.mask_head_stride,
+                    mask_row_stride: c.mask_row_stride,
+                    cache: c.cache,
+                    scale,
+                    softcap,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    causal,
+                    window,
+                    reserved: 0,
+                };
+                // SAFETY: the caller's.
+                unsafe { kernel.launch(launch, &params, problem) }
+            }
+            Kind::F32 { kernel, launch, merge } => {
+                let strides = [c.q_stride, c.out_stride, c.cache.sequence_stride, c.cache.head_stride, c.cache.row_stride];
+                let addresses = [c.q, c.out, c.cache.k, c.cache.v];
+                let even = strides.iter().all(|s| s % 8 == 0) && a.head_dim.is_multiple_of(8);
+                let params = F32Params {
+                    cache: c.cache,
+                    q: c.q,
+                    out: c.out,
+                    lse: c.lse,
+                    sinks: c.sinks,
+                    slopes: c.slopes,
+                    mask: c.mask,
+                    starts: c.starts,
+                    past: c.past,
+                    partial: c.parts,
+                    q_stride: c.q_stride,
+                    out_stride: c.out_stride,
+                    mask_sequence_stride: c.mask_sequence_stride,
+                    mask_head_stride: c.mask_head_stride,
+                    mask_row_stride: c.mask_row_stride,
+                    sequences: s.sequences as i32,
+                    tokens: s.tokens as i32,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    splits: s.splits as i32,
+                    causal,
+                    window,
+                    aligned: i32::from(even && addresses.iter().all(|p| p % 16 == 0)),
+                    scale,
+                    softcap,
+                    padding: 0,
+                };
+                // SAFETY: the caller's.
+                unsafe { kernel.launch(launch, &params, problem)? };
+                let Some(merge) = merge else { return Ok(()) };
+                let launch = Launch::new([(s.tokens * a.heads) as u32, 1, 1], 128).overlapping_previous();
+                // SAFETY: the caller's.
+                unsafe { merge.launch(&launch, &params, problem) }
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Every instance that plans ask for, made by the same rules as theirs.
+
+use std::collections::HashSet;
+
+use lawson_core::{
+    DType,
+    problem::{AttentionSpec, Real},
+};
+
+use super::{
+    attention, heads,
+    rows::{Norm, Residual, Scores, Softmax, Transpose},
+};
+use crate::Instance;
+
+const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+const NARROW: [DType; 2] = [DType::BF16, DType::F16];
+/// Widths that are multiples of 8, 4, 2 and 1.
+const WIDTHS: [usize; 4] = [64, 4, 2, 1];
+/// Dimensions of heads, one for each way in which kernels divide them.
+const HEAD_DIMS: [usize; 18] = [33, 66, 68, 100, 130, 260, 301, 514, 516, 32, 64, 80, 96, 128, 192, 256, 320, 512];
+/// Widths of rows of scores, one for each number of accesses of a thread.
+const SCORES: [usize; 4] = [32, 4000, 6000, 400_000];
+
+/// Every instance that a plan for heads of up to 512 dimensions over a cache of its own dtype may ask for; others are compiled when they are
+/// needed all the same.
+/// `shared` is the most bytes of shared memory of a block. `tests/compile_all.rs` compiles them for every GPU it can.
+pub fn instances(shared: u32) -> Vec<Instance> {
+    let mut all = Vec::new();
+    for dtype in DTYPES {
+        all.extend(WIDTHS.map(|width| Norm::instance(dtype, width)));
+        all.extend(WIDTHS.map(|width| Residual::instance(dtype, width)));
+        for width in SCORES {
+            // Where a row is not masked its width may be odd.
+            all.extend([width, width + 2, width + 1].map(|w| Softmax::instance(dtype, w, w.next_multiple_of(8))));
+        }
+    }
+    for (from, to) in [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2)].map(|(a, b)| (DTYPES[a], DTYPES[b])) {
+        for tokens in [1, 1024] {
+            all.extend(HEAD_DIMS.map(|head_dim| heads(from, to, head_dim, tokens).instance()));
+        }
+    }
+    all.extend([1, 2, 4, 8].map(|head_dim| Transpose::instance(DType::BF16, head_dim)));
+    all.push(Scores::instance());
+    attention(&mut all, shared);
+    let mut seen = HashSet::new();
+    all.retain(|i| seen.insert(i.clone()));
+    all
+}
+
+fn heads(from: DType, to: DType, head_dim: usize, tokens: usize) -> heads::Shape {
+    let (rotary_dim, interleaved) = (0, true);
+    heads::Shape { from, to, kv: to, head_dim, rotary_dim, interleaved, heads: [1, 1, 1], tokens, multiprocessors: 1 }
+}
+
+fn attention(all: &mut Vec<Instance>, shared: u32) {
+    let shape = |head_dim: usize, dtype: DType, new: usize| attention::Shape {
+        spec: AttentionSpec::new(1, 1, head_dim),
+        dtype,
+        kv_dtype: dtype,
+        sequences: 1,
+        tokens: new,
+        new,
+        rows: new,
+        mask: false,
+        paged: false,
+        decode: false,
+        splits: 1,
+    };
+    for head_dim in [32, 64, 80, 96, 128, 192, 256] {
+        for dtype in NARROW {
+            for (decode, paged) in [(false, false), (false, true), (true, false), (true, true)] {
+                let plain = attention::Shape { decode, paged, ..shape(head_dim, dtype, 1) };
+                let mut capped = plain.clone();
+                capped.spec.softcap = Real::new(1.0);
+                all.extend([plain, capped].map(|s| s.instance_for(shared)));
+            }
+        }
+        for new in [1, 32, 64] {
+            all.push(shape(head_dim, DType::F32, new).instance_for(shared));
+        }
+    }
+    for dtype in DTYPES {
+        all.extend([1, 32].map(|new| shape(257, dtype, new).instance_for(shared)));
+    }
+}
