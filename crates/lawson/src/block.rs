@@ -13,6 +13,7 @@ use lawson_core::{
 use lawson_cpu::{
     executor::{self, Operands, PackedBlock},
     kernels::{attention::MaskRows, rows::Rows},
+    machine::Memory,
     pack::{PackedMatrix, tile_columns},
 };
 
@@ -224,6 +225,10 @@ impl AttentionBlock {
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
         self.inner.packed.bytes()
+    }
+    /// Where the packed matrices lie, for [`Context::read_loop`].
+    pub fn weight_memory(&self) -> [Memory<'_>; 4] {
+        self.inner.packed.memory()
     }
 
     /// The plan of a call with `new[b]` new tokens behind `past[b]` rows of sequence b.

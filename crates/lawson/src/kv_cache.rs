@@ -1,7 +1,7 @@
 //! Keys and values of every layer of a model, for a fixed set of sequences.
 
 use lawson_core::{DType, Error, Result, problem::AttentionSpec};
-use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows};
+use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows, machine::Memory};
 
 use crate::Context;
 
@@ -119,6 +119,11 @@ impl KvCache {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.memory.len()
+    }
+
+    /// Where all of it lies, for [`Context::read_loop`].
+    pub fn memory(&self) -> Memory<'_> {
+        Memory::from(&self.memory)
     }
 
     /// The cache of one layer, for one call.
