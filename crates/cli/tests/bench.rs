@@ -10,7 +10,7 @@ use serde_json::Value;
 
 const TINY: [&str; 12] = ["--batch", "2", "--seq", "24", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"];
 
-const FIELDS: [&str; 34] = [
+const FIELDS: [&str; 39] = [
     "study",
     "level",
     "same_as",
@@ -44,6 +44,11 @@ const FIELDS: [&str; 34] = [
     "rel_err",
     "speedup",
     "limit_share",
+    "plain_share",
+    "read_share",
+    "neighbours",
+    "neighbours_least",
+    "neighbours_median",
     "plan",
 ];
 
@@ -155,6 +160,38 @@ fn narrow_types_and_full_attention_are_measured() {
 }
 
 #[test]
+fn each_kernel_is_measured_alone() {
+    let out = folder("bench-kernels");
+    bench(&[&["kernels"], &TINY[..], &["--neighbours", "3"]].concat(), &out);
+    let results = results(&out);
+    let rows = rows(&results);
+    let peak = results["machine"]["peak_gflops"].as_f64().expect("a peak");
+    let variants: Vec<&str> = rows.iter().filter_map(|r| r["variant"].as_str()).collect();
+    let attention = ["causal", "softcap", "window 512", "sinks", "ALiBi", "ragged batch", "D 80", "mask"];
+    let attention = attention.map(|v| format!("attention {v}"));
+    let want =
+        ["gemm"].into_iter().chain(attention.iter().map(String::as_str)).chain(["decode warm", "decode cold", "block decode"]);
+    assert_eq!(variants, want.collect::<Vec<_>>());
+    for row in rows {
+        check_row(row, peak);
+        let (variant, has) = (row["variant"].as_str().unwrap_or(""), |name: &str| row[name].as_f64().is_some_and(|v| v > 0.0));
+        assert_eq!((&row["study"], &row["level"]), (&"kernels".into(), &"maximal".into()));
+        assert_eq!(has("plain_share"), variant.starts_with("attention") && variant != "attention causal", "{row}");
+        assert_eq!(has("read_share"), variant.contains("decode"), "{row}");
+        let near = ["neighbours", "neighbours_least", "neighbours_median"].map(has);
+        assert_eq!(near, [matches!(variant, "gemm" | "attention causal"); 3], "{row}");
+    }
+    let flops = |variant: &str| {
+        let row = results["results"].as_array()?.iter().find(|r| r["variant"] == variant)?;
+        row["flops"].as_u64()
+    };
+    // 24 · 25 / 2 pairs of 4 heads of 16 in each of 2 sequences; a mask leaves about half.
+    let plain = flops("attention causal").expect("it was measured");
+    assert_eq!(plain, 4 * 16 * 4 * 300 * 2);
+    assert!(flops("attention mask").is_some_and(|m| m * 3 > plain && m * 3 < 2 * plain));
+}
+
+#[test]
 fn a_peer_that_is_not_installed_is_named() {
     let out = folder("bench-peer");
     let mut command = lawson();
@@ -199,7 +236,7 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["block", "--hidden", "1000"], &["--head-dim"]);
     refuse(&["block", "--past", "99999999999"], &["--past"]);
     refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
-    for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput"] {
+    for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput", "kernels"] {
         refuse(&[study, "--batch", "4096", "--seq", "65536"], &["available"]);
     }
     refuse(&["block", "--seq", "16777216", "--head-dim", "8", "--heads", "64"], &["available"]);
@@ -208,6 +245,8 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["--causal", "maybe"], &["maybe", "true", "false"]);
     refuse(&["--levels", "most"], &["most", "moderate"]);
     refuse(&["--peers", "jax"], &["jax", "torch", "candle"]);
+    refuse(&["kernels", "--neighbours", "-1"], &["--neighbours"]);
+    refuse(&["kernels", "--neighbours", "1001"], &["1001", "0..=1000"]);
     refuse(&["--memory", "8GB"], &["8GB", "8GiB"]);
     refuse(&["--preset", "article", "--seq", "7"], &["--preset", "--seq"]);
     refuse(&["--preset", "slow"], &["slow", "quick"]);

@@ -16,6 +16,7 @@ use crate::{
         rows::{CacheRows, Rows, places},
         scores::Strips,
     },
+    machine::Memory,
     pack::{PackedMatrix, SendPtr},
     threads::Threads,
 };
@@ -56,6 +57,11 @@ impl PackedBlock {
         let vectors = [&self.q_bias, &self.k_bias, &self.v_bias, &self.o_bias, &self.input_norm, &self.q_norm, &self.k_norm];
         let small: usize = vectors.into_iter().chain([&self.sinks, &self.alibi_slopes]).flatten().map(|v| v.len() * 4).sum();
         self.q.bytes() + self.k.bytes() + self.v.bytes() + self.o.bytes() + small
+    }
+
+    /// Where the matrices lie.
+    pub fn memory(&self) -> [Memory<'_>; 4] {
+        [&self.q, &self.k, &self.v, &self.o].map(PackedMatrix::memory)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{fs, hint::black_box, time::Instant};
 
 use lawson_core::{
-    DType, Result,
+    DType, Result, Storage,
     kernel::{DeviceKind, MachineProfile},
 };
 
@@ -114,6 +114,69 @@ pub fn measure_peak(kernels: &Kernels, threads: &Threads, dtype: DType) -> f64 {
     (0..9).map(|_| operations / once(rounds)).fold(0.0, f64::max)
 }
 
+/// Memory that [`read_loop`] reads: borrowed numbers, whatever they mean, as f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory<'a>(&'a [f32]);
+
+impl Memory<'_> {
+    /// The whole f32 within `len` bytes from `start`: all but at most 3 bytes at each end.
+    ///
+    /// # Safety
+    /// The bytes are initialised, readable and not written for as long as the result lives.
+    unsafe fn new(start: *const u8, len: usize) -> Self {
+        let skip = start.align_offset(align_of::<f32>()).min(len);
+        // SAFETY: the range lies within the bytes, starts aligned, and every bit pattern is an f32.
+        Memory(unsafe { std::slice::from_raw_parts(start.add(skip).cast(), (len - skip) / size_of::<f32>()) })
+    }
+
+    /// Bytes that are read.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.0)
+    }
+}
+
+impl<'a> From<Storage<'a>> for Memory<'a> {
+    fn from(s: Storage<'a>) -> Self {
+        // SAFETY: elements on the host are initialised and borrowed for 'a.
+        unsafe { Memory::new(s.as_ptr(), s.len() * s.dtype().size()) }
+    }
+}
+
+impl<'a> From<&'a AlignedBytes> for Memory<'a> {
+    fn from(bytes: &'a AlignedBytes) -> Self {
+        // SAFETY: the bytes were zeroed when they were allocated and are borrowed for 'a; who writes through their address has to
+        // prove that nobody else uses them.
+        unsafe { Memory::new(bytes.as_ptr(), bytes.len()) }
+    }
+}
+
+/// Seconds that all threads take to read `memory` once and do nothing else with it: what a kernel that is bound by the same bytes can at best
+/// reach. Bytes are summed as f32.
+pub fn read_loop(kernels: &Kernels, threads: &Threads, memory: &[Memory<'_>]) -> f64 {
+    /// Enough pieces that threads end together.
+    const PIECES: usize = 4;
+    const LEAST: usize = 1 << 10;
+    const MOST: usize = 1 << 18;
+    let all: usize = memory.iter().map(|m| m.0.len()).sum();
+    let chunk = all.div_ceil(PIECES * threads.count()).clamp(LEAST, MOST).next_multiple_of(LEAST);
+    let items = memory.iter().map(|m| m.0.len().div_ceil(chunk)).sum();
+    let begin = Instant::now();
+    threads.run(items, &|_, item| {
+        let mut i = item;
+        for m in memory {
+            let chunks = m.0.len().div_ceil(chunk);
+            if i < chunks {
+                let part = &m.0[i * chunk..m.0.len().min((i + 1) * chunk)];
+                // SAFETY: the part is a slice of as many f32.
+                black_box(unsafe { (kernels.row_sum)(part.as_ptr(), part.len()) });
+                return;
+            }
+            i -= chunks;
+        }
+    });
+    begin.elapsed().as_secs_f64()
+}
+
 /// Bytes per second read by all threads from memory, four times the last-level cache or 1 GiB at most: the best of several runs.
 ///
 /// # Errors
@@ -123,18 +186,10 @@ pub fn measure_bandwidth(kernels: &Kernels, threads: &Threads) -> Result<f64> {
     let bytes = (4 * cache_bytes(3).unwrap_or(64 << 20)).clamp(128 << 20, 1 << 30);
     let memory = AlignedBytes::new(bytes)?;
     let start = SendPtr(memory.as_ptr().cast::<f32>());
-    let chunks = bytes / 4 / CHUNK;
-    threads.run(chunks, &|_, i| {
+    threads.run(bytes / 4 / CHUNK, &|_, i| {
         // SAFETY: each item writes its own chunk.
         unsafe { std::slice::from_raw_parts_mut(start.get().add(i * CHUNK), CHUNK) }.fill(1.0);
     });
-    let once = || {
-        let begin = Instant::now();
-        threads.run(chunks, &|_, i| {
-            // SAFETY: the chunk lies within the allocation and is only read.
-            black_box(unsafe { (kernels.row_sum)(start.get().add(i * CHUNK), CHUNK) });
-        });
-        begin.elapsed().as_secs_f64()
-    };
-    Ok((0..5).map(|_| (chunks * CHUNK * 4) as f64 / once()).fold(0.0, f64::max))
+    let memory = [Memory::from(&memory)];
+    Ok((0..5).map(|_| memory[0].bytes() as f64 / read_loop(kernels, threads, &memory)).fold(0.0, f64::max))
 }

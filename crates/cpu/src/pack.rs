@@ -6,6 +6,7 @@ use crate::{
     arena::AlignedBytes,
     dispatch::Kernels,
     kernels::{gemm::Weights, rows::with_elem},
+    machine::Memory,
     simd::{DOT_STEPS, Elem},
     threads::Threads,
 };
@@ -91,6 +92,11 @@ impl PackedMatrix {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// Where they lie.
+    pub fn memory(&self) -> Memory<'_> {
+        Memory::from(&self.bytes)
     }
 }
 

@@ -14,6 +14,7 @@ use lawson_core::{
 use lawson_cpu::{
     executor::{self, Operands, PackedBlock},
     kernels::{attention::MaskRows, rows::Rows},
+    machine::Memory,
     pack::{PackedMatrix, tile_columns},
 };
 use lawson_cuda::{
@@ -266,6 +267,13 @@ impl AttentionBlock {
         match &self.inner.packed {
             Packed::Cpu(p) => p.bytes(),
             Packed::Gpu(p) => p.bytes(),
+        }
+    }
+    /// Where the packed matrices lie, for [`Context::read_loop`].
+    pub fn weight_memory(&self) -> Vec<Memory<'_>> {
+        match &self.inner.packed {
+            Packed::Cpu(packed) => packed.memory().into(),
+            Packed::Gpu(_) => Vec::new(),
         }
     }
 

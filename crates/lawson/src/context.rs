@@ -13,7 +13,7 @@ use lawson_core::{
     plan::BlockPlan,
     problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape},
 };
-use lawson_cpu::{Cpu, Isa, executor::Workspace};
+use lawson_cpu::{Cpu, Isa, executor::Workspace, machine::Memory};
 use lawson_cuda::Gpu;
 
 /// Where blocks are computed.
@@ -216,6 +216,11 @@ impl Context {
             Some(gpu) => gpu.measure_bandwidth(),
             None => lawson_cpu::machine::measure_bandwidth(&self.0.cpu.kernels, &self.0.cpu.threads),
         }
+    }
+
+    /// Seconds that all threads take to read `memory` once and do nothing else with it.
+    pub fn read_loop(&self, memory: &[Memory<'_>]) -> f64 {
+        lawson_cpu::machine::read_loop(&self.0.cpu.kernels, &self.0.cpu.threads, memory)
     }
 
     /// The plan of `problem` at `level`, or the planner's choice when `None`. Past lengths are rounded up in steps of 256 rows, so that

@@ -1,7 +1,7 @@
 //! Keys and values of every layer of a model, for a fixed set of sequences.
 
 use lawson_core::{DType, Error, Result, problem::AttentionSpec};
-use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows};
+use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows, machine};
 use lawson_cuda::{DeviceBuffer, kernels::cache::Cache, weights};
 
 use crate::Context;
@@ -48,7 +48,7 @@ impl Batch {
 /// All layers share the sequences' lengths. A call of a block writes its layer's new rows behind them; [`KvCache::commit`] makes them
 /// valid after the last layer, so that a failed call changes nothing.
 pub struct KvCache {
-    memory: Memory,
+    memory: Place,
     dtype: DType,
     layers: usize,
     kv_heads: usize,
@@ -59,7 +59,7 @@ pub struct KvCache {
     lengths: Vec<usize>,
 }
 
-enum Memory {
+enum Place {
     Host(AlignedBytes),
     Device(DeviceBuffer),
 }
@@ -97,9 +97,9 @@ impl KvCache {
             Some(gpu) => {
                 let buffer = gpu.device().alloc(bytes)?;
                 buffer.fill(0)?;
-                Memory::Device(buffer)
+                Place::Device(buffer)
             }
-            None => Memory::Host(AlignedBytes::new(bytes)?),
+            None => Place::Host(AlignedBytes::new(bytes)?),
         };
         let (kv_heads, head_dim) = (spec.kv_heads, spec.head_dim);
         Ok(KvCache { memory, dtype, layers, kv_heads, head_dim, rows, capacity, lengths: vec![0; sequences] })
@@ -132,8 +132,16 @@ impl KvCache {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.memory {
-            Memory::Host(m) => m.len(),
-            Memory::Device(m) => m.bytes(),
+            Place::Host(m) => m.len(),
+            Place::Device(m) => m.bytes(),
+        }
+    }
+
+    /// Where all of it lies, for [`Context::read_loop`]; nothing where that is a device.
+    pub fn memory(&self) -> Option<machine::Memory<'_>> {
+        match &self.memory {
+            Place::Host(m) => Some(machine::Memory::from(m)),
+            Place::Device(_) => None,
         }
     }
 
@@ -201,7 +209,7 @@ impl KvCache {
     /// `InvalidInput` when layer, sequence or rows are out of range; `Device` when the device failed.
     pub fn export(&self, layer: usize, b: usize, rows: usize) -> Result<(Vec<f32>, Vec<f32>)> {
         self.check_rows(layer, b, rows)?;
-        if let Memory::Device(memory) = &self.memory {
+        if let Place::Device(memory) = &self.memory {
             let copy = |keys: bool| -> Result<Vec<f32>> {
                 let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
                 let mut bytes = vec![0u8; rows * self.head_dim * self.dtype.size()];
@@ -261,7 +269,7 @@ impl KvCache {
                 v.len()
             )));
         }
-        if let Memory::Device(memory) = &self.memory {
+        if let Place::Device(memory) = &self.memory {
             let slab = rows * self.head_dim;
             for g in 0..self.kv_heads {
                 for (keys, from) in [(true, k), (false, v)] {
@@ -325,7 +333,7 @@ impl KvCache {
 
     /// Where the CPU's kernels find a layer.
     fn rows(&self, layer: usize) -> Result<CacheRows> {
-        let Memory::Host(memory) = &self.memory else {
+        let Place::Host(memory) = &self.memory else {
             return Err(Error::invalid("the cache lies on a GPU, the block on the CPU; make both with one context"));
         };
         let (head_stride, sequence_stride, half) = self.strides();
@@ -338,7 +346,7 @@ impl KvCache {
     /// Where the kernels of the GPU that `context` has find a layer.
     fn device_rows(&self, layer: usize, context: &Context) -> Result<Cache> {
         let here = |m: &DeviceBuffer| context.gpu().is_some_and(|gpu| gpu.device().stream() == m.device().stream());
-        let Memory::Device(memory) = &self.memory else {
+        let Place::Device(memory) = &self.memory else {
             return Err(Error::invalid("the cache lies in host memory, the block on a GPU; make both with one context"));
         };
         if !here(memory) {

@@ -6,7 +6,7 @@ use lawson::{DType, Error, Level, Result, machine};
 
 use super::{
     session::Session,
-    specs::{Case, Shape, Study},
+    specs::{Case, Kernel, Shape, Study},
 };
 use crate::output;
 
@@ -26,9 +26,22 @@ fn available() -> Option<f64> {
     kib.map(|k| k * 1024).or_else(machine::memory_bytes).map(|n| n as f64)
 }
 
+/// Copies of `one` bytes that together exceed four times the last-level cache, or as many as memory has room for.
+pub fn copies(one: usize) -> usize {
+    /// Where the system does not tell.
+    const CACHE: usize = 64 << 20;
+    let cache = (2..=4).rev().find_map(machine::cache_bytes).unwrap_or(CACHE);
+    let room = available().map_or(usize::MAX, |n| (n * SHARE) as usize);
+    (4 * cache / one.max(1) + 1).min(room / one.max(1)).max(1)
+}
+
 /// Levels whose plans a configuration runs.
 fn levels(session: &Session, case: &Case) -> Vec<Level> {
-    if case.study == Study::Attention { vec![Level::Unfused] } else { session.levels.clone() }
+    match case.study {
+        Study::Attention => vec![Level::Unfused],
+        Study::Kernels => vec![Level::Maximal],
+        _ => session.levels.clone(),
+    }
 }
 
 /// Bytes that measuring takes at most, about: our copies of the inputs, the packed block, the cache, the largest workspace.
@@ -39,11 +52,21 @@ fn bytes(session: &Session, case: &Case) -> Result<f64> {
     let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.size() as f64);
     let weights = s.hidden as f64 * (2.0 * q + 2.0 * kv) * (4.0 + size);
     let cache = 2.0 * rows * kv * (8.0 + kv_size);
+    let projection = weights + t * (s.hidden as f64 + q + 2.0 * kv) * 12.0;
+    match case.kernel {
+        Some(Kernel::Projection) => return Ok(projection),
+        Some(Kernel::Attention(features)) => {
+            let mask = t * (s.past + s.seq) as f64;
+            return Ok((cache + t * q * 20.0) * features.len() as f64 + mask);
+        }
+        Some(Kernel::Decode) => return Ok(cache + t * q * 20.0),
+        Some(Kernel::Block) | None => {}
+    }
     Ok(match case.study {
         Study::Softmax => t * s.heads as f64 * (s.past + s.seq) as f64 * 12.0,
         Study::Rope => t * q * 20.0,
         Study::Decode => cache + t * q * 20.0,
-        Study::Qkv if case.variant == Some("alone") => weights + t * (s.hidden as f64 + q + 2.0 * kv) * 12.0,
+        Study::Qkv if case.variant == Some("alone") => projection,
         _ => {
             // Sizes that no plan could count come out here.
             let scores = t * s.heads as f64 * (s.past + s.seq) as f64 * 4.0;

@@ -1,7 +1,7 @@
 //! Seeded inputs, N(0, 1), made on several threads.
 
 use lawson::{BlockData, BlockProblem, DType, Error, Result, Tensor};
-use lawson_core::{Storage, StorageMut, round_to};
+use lawson_core::{Storage, StorageMut, data::Mask, problem::MaskShape, round_to};
 use lawson_testkit::rng::Rng;
 
 use super::parallel;
@@ -51,6 +51,21 @@ pub fn block_data(problem: &BlockProblem, seed: u64, threads: usize) -> BlockDat
         past_v: of(6, past, 1.0, problem.kv_dtype),
         ..BlockData::default()
     }
+}
+
+/// A mask [rows, columns] for all sequences and heads, each element visible with probability 1/2.
+pub fn mask(rows: usize, columns: usize, seed: u64, threads: usize) -> Mask {
+    let row = |i: usize| {
+        let mut rng = Rng::new(seed.wrapping_mul(0x9e37_79b9).wrapping_add(i as u64));
+        (0..columns).map(|_| u8::from(rng.chance(0.5))).collect::<Vec<u8>>()
+    };
+    let shape = MaskShape { per_sequence: false, per_head: false };
+    Mask { shape, rows, columns, data: parallel::map(rows, threads, row).concat() }
+}
+
+/// The slopes 2^(−8(h + 1)/H) of ALiBi.
+pub fn slopes(heads: usize) -> Vec<f32> {
+    (1..=heads).map(|h| (-8.0 * h as f32 / heads as f32).exp2()).collect()
 }
 
 /// A tensor of NaN.

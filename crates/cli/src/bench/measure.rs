@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use lawson::Result;
+use lawson::{Result, machine::Memory};
 
 use super::{peer_rows::PeerForm, session::Session, statistics::Times, verify::Checked};
 
@@ -18,6 +18,14 @@ pub trait Forms {
     fn verify(&mut self, i: usize) -> Result<Checked>;
     /// Compares a peer's result.
     fn verify_peer(&self, data: &[f32]) -> Checked;
+}
+
+/// Forms whose time is that of reading known memory.
+pub trait Reads: Forms {
+    /// What the next call reads.
+    fn memory(&self) -> Vec<Memory<'_>>;
+    /// Goes on to the next copy of it, where there are several.
+    fn advance(&mut self) {}
 }
 
 /// How long a configuration may take.
@@ -55,6 +63,11 @@ const SHORT: f64 = 0.05;
 /// Verifies every form and peer, times those that are right in turn, and verifies the last timed output of each. Forms come first in
 /// the result, then peers.
 pub fn measure(session: &Session, forms: &mut dyn Forms, peers: &mut [PeerForm]) -> Result<Vec<Measured>> {
+    measure_within(session, session.budget, forms, peers)
+}
+
+/// As [`measure`], within `budget`.
+pub fn measure_within(session: &Session, budget: Budget, forms: &mut dyn Forms, peers: &mut [PeerForm]) -> Result<Vec<Measured>> {
     let count = forms.count();
     let mut found = vec![Measured::default(); count + peers.len()];
     let mut seconds = vec![Vec::new(); found.len()];
@@ -80,8 +93,7 @@ pub fn measure(session: &Session, forms: &mut dyn Forms, peers: &mut [PeerForm])
             },
         }
     }
-    let Budget { seconds: budget, least, most } = session.budget;
-    let rounds = ((budget / round.max(1e-9)) as usize).clamp(least, most);
+    let rounds = ((budget.seconds / round.max(1e-9)) as usize).clamp(budget.least, budget.most);
     for run in 0..rounds {
         let last = run + 1 == rounds;
         for i in 0..found.len() {

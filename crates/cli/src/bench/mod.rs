@@ -40,6 +40,7 @@ Examples:
   lawson bench attention --preset article
   lawson bench block --seq 1 --past 4096 --hidden 4096 --heads 32 --kv-heads 8 --dtype bf16
   lawson bench all --peers torch,ort --out report
+  lawson bench kernels --preset article --neighbours 30
 
 Writes index.html, which needs no other file, and results.json.";
 
@@ -65,6 +66,9 @@ pub struct BenchArgs {
     /// Memory for which throughput counts sequences, in bytes or as 512MiB, 8GiB
     #[arg(long, value_name = "BYTES", default_value = "4GiB", value_parser = parse_bytes)]
     memory: u64,
+    /// Shapes near each kernel's own that `kernels` measures beside it, at most 1000: a token more or less, odd widths, other heads
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1000), allow_negative_numbers = true, default_value_t = 0)]
+    neighbours: u16,
     #[command(flatten)]
     shape: ShapeArgs,
 }
@@ -287,6 +291,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
         budget,
         limits: Limits { peak_flops: 1.0, bf16_peak_flops: 1.0, bandwidth: 1.0 },
         memory_limit: args.memory,
+        neighbours: args.neighbours.into(),
         peers,
         missing,
         bar,

@@ -54,7 +54,7 @@ pub struct Machine {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Row {
-    /// `qkv`, `softmax`, `rope`, `attention`, `decode`, `block` or `throughput`.
+    /// `qkv`, `softmax`, `rope`, `attention`, `decode`, `block`, `throughput` or `kernels`.
     pub study: String,
     /// `unfused`, `minimal`, `moderate`, `maximal`, or `peer:NAME`.
     pub level: String,
@@ -120,9 +120,20 @@ pub struct Row {
     pub speedup: Option<f64>,
     /// Share of the measured limit (peak or bandwidth) that binds, 0 to 1; `None` where it is exceeded, as by data in a cache.
     pub limit_share: Option<f64>,
+    /// `kernels`: GFLOP/s as a share of those of plain causal attention of the same type, timed in turn with it.
+    pub plain_share: Option<f64>,
+    /// `kernels`: median time of a loop of all threads that only reads the same bytes, in turn with the kernel, over the kernel's median;
+    /// cache for attention, packed weights and cache for the block.
+    pub read_share: Option<f64>,
+    /// `kernels`: how many neighbours of this shape were measured, each in turn with it.
+    pub neighbours: Option<usize>,
+    /// `kernels`: the slowest neighbour's GFLOP/s as a share of this shape's.
+    pub neighbours_least: Option<f64>,
+    /// `kernels`: the median of the neighbours' shares.
+    pub neighbours_median: Option<f64>,
     /// The plan, printed.
     pub plan: Option<String>,
-    /// Which form of the study's operation: `alone`, `layer`, `three-pass`, `two-pass half` and so on.
+    /// Which form of the study's operation: `alone`, `layer`, `three-pass`, `two-pass half`, `attention causal`, `decode cold` and so on.
     pub variant: Option<String>,
     /// `throughput`: decoded tokens per second over the whole batch.
     pub tokens_per_s: Option<f64>,

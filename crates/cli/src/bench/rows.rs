@@ -6,14 +6,16 @@ use super::{
     measure::Measured,
     record::{Row, StepRow},
     session::Session,
-    specs::{Case, Study},
+    specs::{Case, Kernel, Study},
 };
 
 /// A row with what `case` says, at `level`.
 pub fn base(session: &Session, case: &Case, level: &str) -> Row {
     let s = &case.shape;
-    let block = matches!(case.study, Study::Block | Study::Qkv | Study::Throughput);
-    let cached = block || matches!(case.study, Study::Attention | Study::Decode);
+    let block = matches!(case.study, Study::Block | Study::Qkv | Study::Throughput)
+        || matches!(case.kernel, Some(Kernel::Projection | Kernel::Block));
+    let cached = block || matches!(case.study, Study::Attention | Study::Decode | Study::Kernels);
+    let decode = case.study == Study::Decode || case.kernel == Some(Kernel::Decode);
     Row {
         study: case.study.name().to_owned(),
         level: level.to_owned(),
@@ -23,8 +25,8 @@ pub fn base(session: &Session, case: &Case, level: &str) -> Row {
         weights: block.then(|| s.dtype.to_string()),
         batch: Some(s.batch),
         seq: Some(s.seq),
-        // The decode study's cache holds the new token's row already.
-        past: Some(if case.study == Study::Decode { s.past + s.seq } else { s.past }),
+        // The cache of decode attention holds the new token's row already.
+        past: Some(if decode { s.past + s.seq } else { s.past }),
         hidden: block.then_some(s.hidden),
         heads: Some(s.heads),
         kv_heads: cached.then_some(s.kv_heads),

@@ -20,6 +20,8 @@ pub struct Session<'a> {
     pub limits: Limits,
     /// Memory that `throughput` counts sequences for.
     pub memory_limit: u64,
+    /// Neighbours of a kernel's shape that are measured.
+    pub neighbours: usize,
     /// Peers that can run.
     pub peers: Vec<PeerKind>,
     /// Peers asked for that cannot, and why.

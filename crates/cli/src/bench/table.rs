@@ -21,7 +21,7 @@ fn shape(row: &Row) -> String {
     parts.join(" ")
 }
 
-const COLUMNS: [Column; 9] = [
+const COLUMNS: [Column; 12] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| {
         r.p10_ms.zip(r.p90_ms).map(|(a, b)| format!("{} – {}", output::seconds(a / 1e3), output::seconds(b / 1e3)))
@@ -31,6 +31,12 @@ const COLUMNS: [Column; 9] = [
     ("GFLOP/s", |r| r.gflops.map(|v| format!("{v:.1}"))),
     ("GB/s", |r| r.gbps.map(|v| format!("{v:.1}"))),
     ("of the limit", |r| r.limit_share.map(|s| format!("{:.0} %", s * 100.0))),
+    ("of plain", |r| r.plain_share.map(|s| format!("{:.0} %", s * 100.0))),
+    ("of a read loop", |r| r.read_share.map(|s| format!("{:.0} %", s * 100.0))),
+    ("neighbours", |r| {
+        let (least, median) = r.neighbours_least.zip(r.neighbours_median)?;
+        Some(format!("{}: least {:.0} %, median {:.0} %", r.neighbours.unwrap_or(0), least * 100.0, median * 100.0))
+    }),
     ("tokens/s, fit", |r| {
         let fit = r.sequences_fit.map_or(String::new(), |n| format!(", {n}"));
         r.tokens_per_s.map(|t| format!("{t:.0}{fit}"))

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, btree_map::Entry};
 use lawson::{BlockData, BlockProblem, DType, KvCache, Lengths, Result};
 use lawson_core::{
     compare::{Comparison, Policy, compare},
+    data::Mask,
     oracle::{self, AttentionInput, CacheRows, Oracle},
-    problem::AttentionProblem,
+    problem::{AttentionProblem, MaskShape},
 };
 use lawson_testkit::rng::Rng;
 
@@ -211,6 +212,11 @@ pub fn peer_limit(dtype: DType) -> f64 {
     4.0 * limit(&[dtype])
 }
 
+/// The verdict on what has no result.
+pub fn nothing() -> Checked {
+    Checked { ok: true, max_abs: 0.0, relative: 0.0, message: String::new() }
+}
+
 /// The verdict on a result of another size.
 pub fn wrong_size(got: usize, want: usize) -> Checked {
     let message = format!("{got} elements instead of {want}");
@@ -225,7 +231,7 @@ pub struct AttentionReference {
 }
 
 impl AttentionReference {
-    /// Computes it, whole or by a sample.
+    /// Computes it, whole or by a sample. A mask is the same for all heads.
     pub fn new(problem: &AttentionProblem, input: &AttentionInput<'_>, threads: usize) -> Result<Self> {
         let (spec, batch) = (&problem.spec, &problem.batch);
         let (width, one) = (spec.q_dim(), spec.kv_dim() * input.rows);
@@ -234,11 +240,19 @@ impl AttentionReference {
         let row = |i: usize| {
             let (b, s) = batch.locate(tokens[i]);
             let past = batch.past()[b] + if spec.causal { s } else { batch.new_tokens()[b] - 1 };
-            let alone = AttentionProblem { batch: Lengths::uniform(1, 1, past), ..problem.clone() };
+            let mask = input.mask.map(|m| Mask {
+                shape: MaskShape { per_sequence: false, per_head: false },
+                rows: 1,
+                columns: m.columns,
+                data: m.row(b, 0, s, spec.heads).to_vec(),
+            });
+            let of_mask = mask.as_ref().map(|m| m.shape);
+            let alone = AttentionProblem { batch: Lengths::uniform(1, 1, past), mask: of_mask, ..problem.clone() };
             let part = AttentionInput {
                 q: &input.q[tokens[i] * width..(tokens[i] + 1) * width],
                 k: &input.k[b * one..(b + 1) * one],
                 v: &input.v[b * one..(b + 1) * one],
+                mask: mask.as_ref(),
                 ..*input
             };
             oracle::attention(&alone, &part).map(|(o, _)| o)

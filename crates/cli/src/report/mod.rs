@@ -4,6 +4,7 @@
 mod axis;
 mod charts;
 mod format;
+mod kernels;
 mod model;
 mod page;
 mod sections;
@@ -37,6 +38,7 @@ pub fn render(results: &Results) -> String {
     let byline: Vec<String> = parts.into_iter().flatten().filter(|p| !p.is_empty()).collect();
     let mut sections: Vec<Section> = vec![sections::machine(machine), sections::block(&run), sections::length(&run)];
     sections.extend(studies::studies(&run));
+    sections.push(kernels::kernels(&run));
     sections.extend([sections::roofline(&run), sections::steps(&run), sections::errors(&run), sections::method(&run)]);
     let page = Page {
         version: results.lawson.clone(),

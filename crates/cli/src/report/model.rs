@@ -139,6 +139,7 @@ pub fn name(row: &Row) -> String {
         ("qkv", "minimal") => "fused",
         ("attention", "unfused") => "materialised",
         ("attention", "maximal") => "tiled",
+        ("kernels", level) => row.variant.as_deref().unwrap_or(level),
         ("softmax" | "rope", _) => row.variant.as_deref().map_or(row.level.as_str(), |v| v.split(' ').next().unwrap_or(v)),
         (_, level) => level,
     };

@@ -247,7 +247,46 @@ pub fn full() -> Results {
             });
         }
     }
+    rows.extend(kernels());
     Results { lawson: "0.1.0".to_owned(), machine: machine(), results: rows }
+}
+
+/// Rows of `lawson bench kernels --neighbours 30`.
+pub fn kernels() -> Vec<Row> {
+    let of = |variant: &str, dtype: &str, size: (usize, usize, usize), hidden: usize, ms: f64| Row {
+        variant: Some(variant.to_owned()),
+        dtype: dtype.to_owned(),
+        ..row("kernels", "maximal", size, hidden, ms)
+    };
+    let alone = |row: Row| Row { hidden: None, ..row };
+    let mut rows = Vec::new();
+    for (dtype, faster) in [("f32", 1.0), ("bf16", 2.1)] {
+        for e in [1024, 2048, 4096] {
+            let (ms, flops) = (6.0 * (e * e) as f64 * e as f64 / 360e6 / faster, 6 * (e * e * e) as u64);
+            rows.push(Row {
+                flops: Some(flops),
+                gflops: Some(flops as f64 / ms * 1e-6),
+                neighbours: Some(30),
+                neighbours_least: Some(0.88),
+                neighbours_median: Some(0.97),
+                ..of("gemm", dtype, (1, e, 0), e, ms)
+            });
+        }
+        rows.push(alone(of("attention full", dtype, (1, 2048, 0), 1024, 26.0 / faster)));
+        for (variant, share) in [("attention causal", None), ("attention softcap", Some(0.81)), ("attention mask", Some(0.42))] {
+            let ms = 27.5 / faster / share.unwrap_or(1.0);
+            rows.push(alone(Row { plain_share: share, ..of(variant, dtype, (1, 2048, 0), 1024, ms) }));
+        }
+        for (variant, share) in [("decode warm", 0.92), ("decode cold", 0.87)] {
+            for past in [1024, 4096, 16384] {
+                let ms = past as f64 * 8192.0 / 25e6 / faster;
+                let row = of(variant, dtype, (1, 1, past), 4096, ms);
+                rows.push(alone(Row { read_share: Some(share - 300.0 / past as f64), kv_heads: Some(8), ..row }));
+            }
+        }
+    }
+    rows.push(Row { read_share: Some(0.83), ..of("block decode", "bf16", (1, 1, 4096), 4096, 4.1) });
+    rows
 }
 
 /// `lawson bench attention`: one study, and fusing that does not pay.

@@ -5,6 +5,7 @@ use crate::bench::record::{Machine, Results, Row};
 use super::axis::{Axis, Spread};
 use super::charts::{self, Bar, Group, Mark, Series, Spot};
 use super::format::{self, or_dash};
+use super::kernels;
 use super::model::{Along, Config, Sweep, configs, is_peer, ms, name, peers, rank, style, sweeps};
 use super::page::{Block, Figure, Section, Table};
 use super::summary::Payoff;
@@ -35,7 +36,8 @@ pub fn real(v: u64) -> f64 {
     v as f64
 }
 
-fn count(v: usize) -> f64 {
+/// A size as a number for a chart.
+pub fn count(v: usize) -> f64 {
     real(v as u64)
 }
 
@@ -168,7 +170,7 @@ fn peak_of(row: &Row, m: &Machine) -> (&'static str, Option<f64>) {
 }
 
 /// The share of the limit that binds, or why there is none.
-fn limit_share(row: &Row, m: &Machine) -> Option<String> {
+pub fn limit_share(row: &Row, m: &Machine) -> Option<String> {
     let above = |v: Option<f64>, limit: Option<f64>| v.zip(limit).is_some_and(|(v, limit)| v > limit);
     match row.limit_share {
         Some(share) => Some(format::percent(share)),
@@ -418,14 +420,12 @@ pub fn roofline(run: &Run<'_>) -> Section {
     };
     for row in largest_rows(run) {
         let (Some(flops), Some(gbps), Some(time)) = (row.flops, row.gbps, ms(row)) else { continue };
-        add(
-            format!("{} {}: {}", row.study, name(row), short_shape(row)),
-            &style(row, &run.peers).class,
-            real(flops),
-            gbps * time * 1e6,
-            time,
-            row,
-        );
+        let what = if row.study == "kernels" {
+            format!("{}: {}", name(row), kernels::shape(row))
+        } else {
+            format!("{} {}: {}", row.study, name(row), short_shape(row))
+        };
+        add(what, &style(row, &run.peers).class, real(flops), gbps * time * 1e6, time, row);
     }
     if let Some(row) = featured(run).last() {
         for step in &row.steps_table {
@@ -437,7 +437,7 @@ pub fn roofline(run: &Run<'_>) -> Section {
     let blocks = match charts::roofline(label, &peaks, bandwidth, &spots) {
         Some(svg) => {
             let caption =
-                "each level's largest shape; bytes that must move once (weights, x, y, valid cache); share is of the roof above"
+                "each level's and kernel's largest shape; bytes that must move once (weights, x, y, valid cache); share is of the roof above"
                     .to_owned();
             vec![Block::Beside { figure: Figure { title: "Roofline".to_owned(), caption, svg }, table }]
         }
@@ -455,16 +455,22 @@ fn short_shape(row: &Row) -> String {
     format!("{lengths}{}{}", row.dtype, cache.unwrap_or_default())
 }
 
-/// Of each study, level, form and type the row with the most work.
+/// Of each study, level and type, and of each kernel alone, the row with the most work.
 fn largest_rows<'a>(run: &Run<'a>) -> Vec<&'a Row> {
-    let studies = ["block", "attention", "qkv", "decode"];
-    let mut found: Vec<&Row> = Vec::new();
+    let studies = ["block", "attention", "qkv", "decode", "kernels"];
+    // Kernels that are measured alone differ in their form and their heads, not in their level.
+    let form = |r: &'a Row| match r.variant.as_deref() {
+        _ if r.study != "kernels" => None,
+        Some("gemm") => Some(("gemm", None, None)),
+        variant => Some((variant.unwrap_or(""), r.heads.zip(r.kv_heads), r.head_dim)),
+    };
+    let mut found: Vec<&'a Row> = Vec::new();
     let candidates =
         studies.iter().flat_map(|s| run.of(s)).filter(|r| r.flops.is_some() && r.gbps.is_some() && r.same_as.is_none());
     for row in candidates.filter(|r| r.variant.as_deref() != Some("layer")) {
-        let same = |r: &Row| {
-            (&r.study, &r.level, &r.dtype, &r.kv_dtype, &r.device)
-                == (&row.study, &row.level, &row.dtype, &row.kv_dtype, &row.device)
+        let same = |r: &'a Row| {
+            (&r.study, &r.level, &r.dtype, &r.kv_dtype, &r.device, form(r))
+                == (&row.study, &row.level, &row.dtype, &row.kv_dtype, &row.device, form(row))
         };
         match found.iter_mut().find(|r| same(r)) {
             Some(kept) if kept.flops < row.flops => *kept = row,
@@ -574,7 +580,7 @@ pub fn errors(run: &Run<'_>) -> Section {
             None => found.push(Worst { row, rows: 1, absolute: row.max_abs_err, relative: row.rel_err }),
         }
     }
-    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput"];
+    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput", "kernels"];
     let place = |r: &Row| studies.iter().position(|s| *s == r.study).unwrap_or(studies.len());
     found.sort_by_key(|w| (place(w.row), w.row.study.clone(), w.row.dtype.clone(), is_peer(w.row), rank(w.row)));
     let mut table = Table::new("", &["level", "compute type", "#measurements", "#largest absolute", "#largest relative"]);

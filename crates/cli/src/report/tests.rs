@@ -2,7 +2,7 @@ use crate::bench::record::{Results, Row};
 
 use super::{format, render, sample};
 
-const SECTIONS: [&str; 15] = [
+const SECTIONS: [&str; 16] = [
     "summary",
     "machine",
     "block",
@@ -14,6 +14,7 @@ const SECTIONS: [&str; 15] = [
     "study-attention",
     "study-decode",
     "study-throughput",
+    "study-kernels",
     "roofline",
     "steps",
     "errors",
@@ -98,7 +99,7 @@ fn the_full_page_has_every_section_filled() {
 #[test]
 fn one_study_alone_gives_a_page_that_says_what_is_missing() {
     let page = checked(&sample::attention_only());
-    assert_eq!(page.matches("Not in this run").count(), 8);
+    assert_eq!(page.matches("Not in this run").count(), 9);
     assert!(page.contains("lawson bench decode"));
     assert!(headline(&page).contains("tiling the attention does not save time"), "{}", headline(&page));
 }
@@ -107,7 +108,7 @@ fn one_study_alone_gives_a_page_that_says_what_is_missing() {
 fn a_single_row_an_empty_run_and_empty_rows_give_pages() {
     checked(&sample::single());
     assert_eq!(headline(&checked(&Results::default())), "This run has no measurements.");
-    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput", "unheard-of"];
+    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput", "kernels", "unheard-of"];
     let bare = |study: &&str| Row { study: (*study).to_owned(), ..Row::default() };
     checked(&Results { results: studies.iter().map(bare).collect(), ..Results::default() });
 }
@@ -119,6 +120,7 @@ fn useless_numbers_draw_nothing_and_break_nothing() {
     for (i, row) in results.results.iter_mut().enumerate() {
         let v = Some(bad[i % bad.len()]);
         (row.median_ms, row.p10_ms, row.gflops, row.gbps, row.tokens_per_s, row.speedup, row.max_abs_err) = (v, v, v, v, v, v, v);
+        (row.plain_share, row.read_share, row.neighbours_least, row.neighbours_median, row.limit_share) = (v, v, v, v, v);
         (row.peak_bytes, row.flops) = (Some([0, u64::MAX, 1][i % 3]), Some([u64::MAX, 0, 1][i % 3]));
     }
     results.machine.peak_gflops = Some(f64::NAN);
@@ -182,6 +184,29 @@ fn a_cache_type_compares_with_its_own_baseline() {
         .collect();
     let page = checked(&Results { results: rows, ..Results::default() });
     assert_eq!(page.matches("2.00× at L = 4096").count(), 2);
+}
+
+#[test]
+fn each_kernel_alone_has_its_shares_and_its_point() {
+    let page = checked(&Results { results: sample::kernels(), machine: sample::machine(), ..Results::default() });
+    let section = |id: &str| {
+        let rest = page.split(&format!(r#"id="{id}""#)).nth(1).expect("the section is there");
+        rest.split("<section").next().unwrap_or("").to_owned()
+    };
+    let kernels = section("study-kernels");
+    for text in ["of plain", "81 %", "of a read loop", "83 %", "30: 97 %", "88 %", "32", "decode cold, 64/8 heads of 64"] {
+        assert!(kernels.contains(text), "{text}");
+    }
+    assert_eq!(kernels.matches("<svg").count(), 4, "limits of two types, decode warm and cold");
+    let roofline = section("roofline");
+    for text in [
+        "gemm: S\u{a0}4096 E\u{a0}4096 bf16",
+        "attention mask: S\u{a0}2048",
+        "decode warm: L\u{a0}16384",
+        "block decode: L\u{a0}4096",
+    ] {
+        assert!(roofline.contains(text), "{text}");
+    }
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use std::borrow::Cow;
 
 use lawson::{
-    AttentionProblem, Context, Lengths, Level, Result, Tensor,
+    AttentionProblem, Context, DType, Level, MaskRef, Result, Tensor,
+    machine::Memory,
     ops::{self, AttentionArgs},
 };
 use lawson_core::{
+    data::Mask,
     oracle::AttentionInput,
     plan::{BufferName, Op},
 };
@@ -14,38 +16,44 @@ use lawson_core::{
 use super::{SEED, block::BlockForms};
 use crate::bench::{
     inputs,
-    measure::{Forms, measure, time},
+    measure::{Forms, Reads, measure, time},
     peer_rows::{self, PeerSet},
     record::Row,
     rows::{self, Work},
     session::Session,
-    specs::{Case, Shape, Study},
+    specs::{Case, Feature, Shape, Study},
     verify::{self, AttentionReference, Checked},
 };
 
 /// Width of the block whose attention steps are timed: its projections do not count.
 const NARROW: usize = 128;
 
-/// q, k and v, the operator's output and what it must be.
-struct Operator {
+/// The operator over q, k and v, its output and what it must be.
+pub struct Operator<'a> {
+    session: &'a Session<'a>,
     problem: AttentionProblem,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    /// Keys and values, in copies that take turns.
+    kv: Vec<[Tensor; 2]>,
+    turn: usize,
+    mask: Option<Mask>,
+    sinks: Option<Vec<f32>>,
+    slopes: Option<Vec<f32>>,
     out: Tensor,
     nan: Tensor,
     reference: AttentionReference,
 }
 
 /// q [T, H, D], k and v [B, G, L, D] as f32.
-struct Numbers {
+pub struct Numbers {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
 }
 
 impl Numbers {
-    fn new(s: &Shape, threads: usize) -> Self {
+    /// Seeded ones, enough for sequences of equal length.
+    pub fn new(s: &Shape, threads: usize) -> Self {
         let rows = s.batch * s.kv_heads * (s.past + s.seq) * s.head_dim;
         Numbers {
             q: inputs::normals(s.batch * s.seq * s.heads * s.head_dim, 1.0, s.dtype, SEED * 16 + 7, threads),
@@ -55,35 +63,65 @@ impl Numbers {
     }
 }
 
-impl Operator {
-    fn new(session: &Session, s: &Shape, n: &Numbers) -> Result<Self> {
-        let batch = Lengths::uniform(s.batch, s.seq, s.past);
-        let problem = AttentionProblem { kv_dtype: s.kv_dtype, ..AttentionProblem::new(s.attention(), batch, s.dtype) };
-        let (rows, shape) = (s.past + s.seq, [s.batch * s.seq, s.heads, s.head_dim]);
+impl<'a> Operator<'a> {
+    /// Plain attention of the shape `s`.
+    pub fn new(session: &'a Session<'a>, s: &Shape, n: &Numbers) -> Result<Self> {
+        Self::with(session, s, Feature::Plain, n)
+    }
+
+    /// Attention of the plain shape `plain` with `feature`; `n` are numbers of the feature's shape.
+    pub fn with(session: &'a Session<'a>, plain: &Shape, feature: Feature, n: &Numbers) -> Result<Self> {
+        let (s, batch, spec) = (feature.shape(*plain), feature.lengths(plain)?, feature.spec(&feature.shape(*plain)));
+        let (threads, rows, tokens) = (session.threads(), s.past + s.seq, batch.tokens());
+        let mask = (feature == Feature::Mask).then(|| inputs::mask(s.seq, rows, SEED * 16 + 12, threads));
+        let sinks = spec.sinks.then(|| inputs::normals(s.heads, 1.0, DType::F32, SEED * 16 + 13, threads));
+        let slopes = spec.alibi.then(|| inputs::slopes(s.heads));
+        let problem = AttentionProblem {
+            kv_dtype: s.kv_dtype,
+            mask: mask.as_ref().map(|m| m.shape),
+            ..AttentionProblem::new(spec, batch, s.dtype)
+        };
+        let shape = [tokens, s.heads, s.head_dim];
         let kv = [s.batch, s.kv_heads, rows, s.head_dim];
-        let input = AttentionInput { q: &n.q, k: &n.k, v: &n.v, rows, mask: None, sinks: None, slopes: None };
+        let q = &n.q[..tokens * problem.spec.q_dim()];
+        let (sink_view, slope_view) = (sinks.as_deref(), slopes.as_deref());
+        let input = AttentionInput { q, k: &n.k, v: &n.v, rows, mask: mask.as_ref(), sinks: sink_view, slopes: slope_view };
         let nan = inputs::nans(s.dtype, &shape)?;
         Ok(Operator {
-            reference: AttentionReference::new(&problem, &input, session.threads())?,
-            q: Tensor::from_f32(&n.q, s.dtype, &shape)?,
-            k: Tensor::from_f32(&n.k, s.kv_dtype, &kv)?,
-            v: Tensor::from_f32(&n.v, s.kv_dtype, &kv)?,
+            session,
+            reference: AttentionReference::new(&problem, &input, threads)?,
+            q: Tensor::from_f32(q, s.dtype, &shape)?,
+            kv: vec![[Tensor::from_f32(&n.k, s.kv_dtype, &kv)?, Tensor::from_f32(&n.v, s.kv_dtype, &kv)?]],
+            turn: 0,
+            mask,
+            sinks,
+            slopes,
             out: nan.clone(),
             nan,
             problem,
         })
     }
 
+    /// Keeps `count` copies of keys and values, which take turns from now on.
+    pub fn keep_copies(&mut self, count: usize) {
+        self.kv.truncate(count.max(1));
+        while self.kv.len() < count {
+            self.kv.push(self.kv[0].clone());
+        }
+    }
+
     fn call_on(&mut self, context: &Context) -> Result<()> {
+        let [k, v] = &self.kv[self.turn % self.kv.len()];
+        let mask = self.mask.as_ref().map(|m| MaskRef::new(&m.data, [1, 1, m.rows, m.columns])).transpose()?;
         let args = AttentionArgs {
             spec: &self.problem.spec,
             lengths: &self.problem.batch,
             q: self.q.as_ref(),
-            k: self.k.as_ref(),
-            v: self.v.as_ref(),
-            mask: None,
-            sinks: None,
-            slopes: None,
+            k: k.as_ref(),
+            v: v.as_ref(),
+            mask,
+            sinks: self.sinks.as_deref(),
+            slopes: self.slopes.as_deref(),
             out: self.out.as_mut(),
             lse: None,
         };
@@ -91,24 +129,78 @@ impl Operator {
     }
 
     /// Memory beyond q, k, v and the result that a cold call takes.
-    fn peak_bytes(&mut self, session: &Session) -> Result<u64> {
-        let cold = session.cold()?;
+    pub fn peak_bytes(&mut self) -> Result<u64> {
+        let cold = self.session.cold()?;
         self.call_on(&cold)?;
         Ok(cold.workspace_bytes() as u64)
     }
 
-    fn check(&self) -> Checked {
-        self.reference.check(&self.out.to_f32(), verify::limit(&[self.problem.dtype]))
-    }
-
-    fn resident_bytes(&self) -> u64 {
+    /// Bytes of q, k, v, the mask and the result.
+    pub fn resident_bytes(&self) -> u64 {
         let elements = 2 * self.problem.batch.tokens() * self.problem.spec.q_dim() * self.problem.dtype.size();
-        (elements + self.cache_bytes()) as u64
+        (elements + self.cache_bytes() + self.mask.as_ref().map_or(0, |m| m.data.len())) as u64
     }
 
-    fn cache_bytes(&self) -> usize {
-        let rows: usize = self.k.shape().iter().product();
-        2 * rows * self.problem.kv_dtype.size()
+    /// Bytes of the valid rows of k and v.
+    pub fn cache_bytes(&self) -> usize {
+        let batch = &self.problem.batch;
+        let rows = batch.tokens() + batch.past().iter().sum::<usize>();
+        2 * rows * self.problem.spec.kv_dim() * self.problem.kv_dtype.size()
+    }
+
+    /// Visible (query, key) pairs of one head.
+    fn visible_pairs(&self) -> f64 {
+        let Some(mask) = &self.mask else { return self.problem.visible_pairs() };
+        let (spec, batch) = (&self.problem.spec, &self.problem.batch);
+        let seen = |t: usize| {
+            let (b, i) = batch.locate(t);
+            let past = batch.past()[b];
+            let range = spec.visible_range(past + i, past + batch.new_tokens()[b]);
+            mask.row(b, 0, i, spec.heads)[range].iter().filter(|&&m| m != 0).count()
+        };
+        (0..batch.tokens()).map(seen).sum::<usize>() as f64
+    }
+
+    /// Operations, and the bytes of everything that is read and written.
+    pub fn work(&self) -> Work {
+        let flops = 4.0 * self.problem.spec.q_dim() as f64 * self.visible_pairs();
+        Work { flops: Some(flops), bytes: self.resident_bytes() as f64 }
+    }
+
+    /// As [`Operator::work`], for decoding: it is about the keys and values; q and the result are nothing beside them.
+    pub fn decode_work(&self) -> Work {
+        Work { bytes: self.cache_bytes() as f64, ..self.work() }
+    }
+}
+
+impl Forms for Operator<'_> {
+    fn count(&self) -> usize {
+        1
+    }
+    fn poison(&mut self, _: usize, _: bool) -> Result<()> {
+        inputs::copy(&self.nan, &mut self.out)
+    }
+    fn call(&mut self, _: usize) -> Result<f64> {
+        let context = &self.session.context;
+        time(|| self.call_on(context))
+    }
+    fn verify(&mut self, _: usize) -> Result<Checked> {
+        Ok(self.reference.check(&self.out.to_f32(), verify::limit(&[self.problem.dtype])))
+    }
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        match (data.len(), self.problem.batch.tokens() * self.problem.spec.q_dim()) {
+            (n, want) if n == want => self.reference.check(data, verify::peer_limit(self.problem.dtype)),
+            (n, want) => verify::wrong_size(n, want),
+        }
+    }
+}
+
+impl Reads for Operator<'_> {
+    fn memory(&self) -> Vec<Memory<'_>> {
+        self.kv[self.turn % self.kv.len()].iter().map(|t| Memory::from(t.as_ref().storage())).collect()
+    }
+    fn advance(&mut self) {
+        self.turn += 1;
     }
 }
 
@@ -136,10 +228,18 @@ enum Way {
 }
 
 struct AttentionForms<'a> {
-    session: &'a Session<'a>,
     ways: Vec<Way>,
     materialised: Option<BlockForms<'a>>,
-    tiled: Operator,
+    tiled: Operator<'a>,
+}
+
+impl AttentionForms<'_> {
+    fn form(&mut self, i: usize) -> &mut dyn Forms {
+        match (self.ways[i], &mut self.materialised) {
+            (Way::Materialised, Some(block)) => block,
+            _ => &mut self.tiled,
+        }
+    }
 }
 
 impl Forms for AttentionForms<'_> {
@@ -147,29 +247,16 @@ impl Forms for AttentionForms<'_> {
         self.ways.len()
     }
     fn poison(&mut self, i: usize, everything: bool) -> Result<()> {
-        match (self.ways[i], &mut self.materialised) {
-            (Way::Materialised, Some(block)) => block.poison(0, everything),
-            _ => inputs::copy(&self.tiled.nan, &mut self.tiled.out),
-        }
+        self.form(i).poison(0, everything)
     }
     fn call(&mut self, i: usize) -> Result<f64> {
-        match (self.ways[i], &mut self.materialised) {
-            (Way::Materialised, Some(block)) => block.call(0),
-            _ => time(|| self.tiled.call_on(&self.session.context)),
-        }
+        self.form(i).call(0)
     }
     fn verify(&mut self, i: usize) -> Result<Checked> {
-        match (self.ways[i], &mut self.materialised) {
-            (Way::Materialised, Some(block)) => block.verify(0),
-            _ => Ok(self.tiled.check()),
-        }
+        self.form(i).verify(0)
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        let want = self.tiled.problem.batch.tokens() * self.tiled.problem.spec.q_dim();
-        match data.len() {
-            n if n == want => self.tiled.reference.check(data, verify::peer_limit(self.tiled.problem.dtype)),
-            n => verify::wrong_size(n, want),
-        }
+        self.tiled.verify_peer(data)
     }
 }
 
@@ -210,15 +297,11 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
     let data = if wanted { inputs::block_data(&problem, SEED, session.threads()) } else { lawson::BlockData::default() };
     let block = || BlockForms::new(session, &problem, &data, &[Level::Unfused], Some(is_attention));
     let materialised = if wanted { Some(block()?) } else { None };
-    let mut forms = AttentionForms { session, ways: chosen.iter().map(|c| c.1).collect(), materialised, tiled };
+    let mut forms = AttentionForms { ways: chosen.iter().map(|c| c.1).collect(), materialised, tiled };
     let mut peers = start_peers(session, case, &numbers)?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
 
-    let bytes = forms.tiled.resident_bytes() as f64;
-    let flops = forms.tiled.problem.flops();
-    // Decode is about the keys and values; q and the result are nothing beside them.
-    let bytes = if case.study == Study::Decode { forms.tiled.cache_bytes() as f64 } else { bytes };
-    let work = Work { flops: Some(flops), bytes };
+    let work = if case.study == Study::Decode { forms.tiled.decode_work() } else { forms.tiled.work() };
     let mut rows = Vec::new();
     for (&(level, way), m) in chosen.iter().zip(&found) {
         let mut row = rows::base(session, case, level.name());
@@ -241,7 +324,7 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
                 );
             }
             _ => {
-                row.peak_bytes = Some(forms.tiled.peak_bytes(session)?);
+                row.peak_bytes = Some(forms.tiled.peak_bytes()?);
                 (row.steps, row.gemms, row.launches) = (Some(1), Some(0), Some(1));
                 row.traffic_bytes = Some(forms.tiled.resident_bytes());
             }

@@ -2,13 +2,13 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, Level, PreparedCall, Result, Tensor};
+use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, Level, PreparedCall, Result, Tensor, machine::Memory};
 use lawson_core::plan::Op;
 
 use super::SEED;
 use crate::bench::{
     inputs,
-    measure::{Forms, Measured, measure, time},
+    measure::{Forms, Measured, Reads, measure, time},
     peak,
     peer_rows::{self, PeerSet},
     record::Row,
@@ -119,6 +119,12 @@ impl Forms for BlockForms<'_> {
     }
 }
 
+impl Reads for BlockForms<'_> {
+    fn memory(&self) -> Vec<Memory<'_>> {
+        self.call.block.weight_memory().into_iter().chain(self.call.cache.memory()).collect()
+    }
+}
+
 /// A block's levels as they were measured.
 pub struct BlockRows {
     /// One row per level, then the peers'.
@@ -151,7 +157,8 @@ pub fn of_levels(session: &Session, case: &Case, levels: &[Level]) -> Result<Blo
     Ok(BlockRows { rows, weight_bytes: forms.call.block.weight_bytes() })
 }
 
-fn level_rows(
+/// The rows of our own forms, without speed-ups.
+pub fn level_rows(
     session: &Session,
     case: &Case,
     levels: &[Level],

@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+mod kernels;
 mod qkv;
 mod rope;
 mod softmax;
@@ -32,6 +33,7 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
         Study::Attention => attention::run(session, case),
         Study::Decode => attention::decode(session, case),
         Study::Throughput => throughput::run(session, case),
+        Study::Kernels => kernels::run(session, case),
         Study::All => Ok(Vec::new()),
     }
 }

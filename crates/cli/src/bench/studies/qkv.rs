@@ -10,7 +10,7 @@ use lawson::{
 use super::SEED;
 use crate::bench::{
     inputs,
-    measure::{Forms, measure, time},
+    measure::{Forms, Measured, measure, time},
     parallel, peer_rows,
     record::Row,
     rows::{self, Work},
@@ -50,7 +50,8 @@ impl Expected {
     }
 }
 
-struct QkvForms<'a> {
+/// The projections of one x, separate or fused.
+pub struct QkvForms<'a> {
     session: &'a Session<'a>,
     shape: Shape,
     fused: Vec<bool>,
@@ -61,7 +62,55 @@ struct QkvForms<'a> {
     expected: [Expected; 3],
 }
 
-impl QkvForms<'_> {
+impl<'a> QkvForms<'a> {
+    /// Packs the weights of `data`, which is of the shape `s`, and computes what they must give.
+    pub fn new(session: &'a Session<'a>, s: Shape, fused: Vec<bool>, data: &BlockData) -> Result<Self> {
+        let (t, e) = (s.batch * s.seq, s.hidden);
+        let widths = s.qkv_widths();
+        let raw = [&data.q_weight, &data.k_weight, &data.v_weight];
+        let view = |i: usize| TensorRef::new(raw[i], &[widths[i], e]);
+        let nans = |i: usize| inputs::nans(s.dtype, &[t, widths[i]]);
+        let nan = [nans(0)?, nans(1)?, nans(2)?];
+        Ok(QkvForms {
+            session,
+            shape: s,
+            fused,
+            x: Tensor::from_f32(&data.x, s.dtype, &[t, e])?,
+            weights: QkvWeights::pack(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
+            out: nan.clone(),
+            nan,
+            expected: [0, 1, 2].map(|i| Expected::new(&data.x, raw[i], e, i as u64, session.threads())),
+        })
+    }
+
+    /// Elements of x, of the weights and of the results.
+    fn elements(&self) -> [usize; 3] {
+        let (t, e, all) = (self.shape.batch * self.shape.seq, self.shape.hidden, self.shape.qkv_widths().iter().sum::<usize>());
+        [t * e, all * e, t * all]
+    }
+
+    /// Operations, and the bytes of x, weights and results, each once.
+    pub fn work(&self) -> Work {
+        let all = self.shape.qkv_widths().iter().sum::<usize>();
+        let bytes = self.elements().iter().sum::<usize>() * self.shape.dtype.size();
+        Work { flops: Some(2.0 * (self.elements()[0] * all) as f64), bytes: bytes as f64 }
+    }
+
+    /// What form `i`, as it was measured, says of itself.
+    pub fn row(&mut self, case: &Case, level: Level, i: usize, m: &Measured) -> Result<Row> {
+        let mut row = rows::base(self.session, case, level.name());
+        rows::measured(&mut row, m, self.work());
+        let [x_bytes, w_bytes, out_bytes] = self.elements().map(|n| n * self.shape.dtype.size());
+        let products = if self.fused[i] { 1 } else { 3 };
+        (row.steps, row.gemms, row.launches) = (Some(products), Some(products), Some(products));
+        row.traffic_bytes = Some((products * x_bytes + w_bytes + out_bytes) as u64);
+        row.resident_bytes = Some((self.weights.bytes() + x_bytes + out_bytes) as u64);
+        let cold = self.session.cold()?;
+        self.call_on(i, &cold)?;
+        row.peak_bytes = Some(cold.workspace_bytes() as u64);
+        Ok(row)
+    }
+
     fn call_on(&mut self, i: usize, context: &Context) -> Result<()> {
         let [q, k, v] = &mut self.out;
         let out = [&mut q.as_mut(), &mut k.as_mut(), &mut v.as_mut()];
@@ -102,51 +151,22 @@ impl Forms for QkvForms<'_> {
 
 /// Separate against fused.
 pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
-    let (s, threads) = (case.shape, session.threads());
+    let s = case.shape;
     let chosen = session.select(&[(Level::Unfused, false), (Level::Minimal, true)]);
-    let problem = s.problem();
-    let BlockData { x, q_weight, k_weight, v_weight, .. } = inputs::block_data(&problem, SEED, threads);
-    let (t, e) = (s.batch * s.seq, s.hidden);
-    let widths = [s.heads, s.kv_heads, s.kv_heads].map(|n| n * s.head_dim);
-    let raw = [&q_weight, &k_weight, &v_weight];
-    let view = |i: usize| TensorRef::new(raw[i], &[widths[i], e]);
-    let nans = |i: usize| inputs::nans(s.dtype, &[t, widths[i]]);
-    let nan = [nans(0)?, nans(1)?, nans(2)?];
-    let mut forms = QkvForms {
-        session,
-        shape: s,
-        fused: chosen.iter().map(|c| c.1).collect(),
-        x: Tensor::from_f32(&x, s.dtype, &[t, e])?,
-        weights: QkvWeights::pack(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
-        out: nan.clone(),
-        nan,
-        expected: [0, 1, 2].map(|i| Expected::new(&x, raw[i], e, i as u64, threads)),
-    };
+    let data = inputs::block_data(&s.problem(), SEED, session.threads());
+    let mut forms = QkvForms::new(session, s, chosen.iter().map(|c| c.1).collect(), &data)?;
     let mut peers = peer_rows::start(session, case, || {
-        let names = ["q_proj.weight", "k_proj.weight", "v_proj.weight"];
-        let weights = (0..3).map(|i| (names[i], vec![widths[i], e], Cow::Borrowed(&raw[i][..])));
-        [("x", vec![s.batch, s.seq, e], Cow::Borrowed(&x[..]))].into_iter().chain(weights).collect()
+        let (widths, e) = (s.qkv_widths(), s.hidden);
+        let raw = [("q_proj.weight", &data.q_weight), ("k_proj.weight", &data.k_weight), ("v_proj.weight", &data.v_weight)];
+        let weights = raw.into_iter().zip(widths).map(|((name, w), n)| (name, vec![n, e], Cow::Borrowed(&w[..])));
+        [("x", vec![s.batch, s.seq, e], Cow::Borrowed(&data.x[..]))].into_iter().chain(weights).collect()
     })?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
-
-    let all: usize = widths.iter().sum();
-    let size = s.dtype.size();
-    let (x_bytes, w_bytes, out_bytes) = (t * e * size, all * e * size, t * all * size);
-    let work = Work { flops: Some(2.0 * (t * e * all) as f64), bytes: (x_bytes + w_bytes + out_bytes) as f64 };
     let mut rows = Vec::new();
-    for (i, (&(level, fused), m)) in chosen.iter().zip(&found).enumerate() {
-        let mut row = rows::base(session, case, level.name());
-        rows::measured(&mut row, m, work);
-        let products = if fused { 1 } else { 3 };
-        (row.steps, row.gemms, row.launches) = (Some(products), Some(products), Some(products));
-        row.traffic_bytes = Some((products * x_bytes + w_bytes + out_bytes) as u64);
-        row.resident_bytes = Some((forms.weights.bytes() + x_bytes + out_bytes) as u64);
-        let cold = session.cold()?;
-        forms.call_on(i, &cold)?;
-        row.peak_bytes = Some(cold.workspace_bytes() as u64);
-        rows.push(row);
+    for (i, (&(level, _), m)) in chosen.iter().zip(&found).enumerate() {
+        rows.push(forms.row(case, level, i, m)?);
     }
-    rows.extend(peer_rows::rows_of(session, case, &peers, &found[chosen.len()..], work));
+    rows.extend(peer_rows::rows_of(session, case, &peers, &found[chosen.len()..], forms.work()));
     rows::speedups(&mut rows);
     Ok(rows)
 }

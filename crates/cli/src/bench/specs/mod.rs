@@ -1,14 +1,18 @@
 //! What is measured: the configurations of each study, as data.
 
+mod kernels;
+
 use clap::ValueEnum;
 use lawson::{AttentionSpec, BlockProblem, BlockSpec, DType, Error, Lengths, Result, RopeSpec};
 
 use super::measure::Budget;
 
+pub use kernels::{Feature, Kernel, neighbours};
+
 /// What `lawson bench` can measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Study {
-    /// Everything
+    /// Everything but kernels
     All,
     /// Separate against fused QKV projection, alone and inside a layer
     Qkv,
@@ -24,10 +28,12 @@ pub enum Study {
     Block,
     /// Decoded tokens per second and sequences that fit, against the batch
     Throughput,
+    /// Each hot kernel alone, as a share of what it could reach
+    Kernels,
 }
 
 impl Study {
-    /// Every single study, in the report's order.
+    /// What `all` measures, in the report's order.
     pub const EACH: [Study; 7] =
         [Study::Block, Study::Qkv, Study::Softmax, Study::Rope, Study::Attention, Study::Decode, Study::Throughput];
 
@@ -42,6 +48,7 @@ impl Study {
             Study::Decode => "decode",
             Study::Block => "block",
             Study::Throughput => "throughput",
+            Study::Kernels => "kernels",
         }
     }
 }
@@ -138,6 +145,16 @@ impl Shape {
         Shape { dtype, kv_dtype: dtype, ..self }
     }
 
+    /// One new token that sees what the last token sees.
+    const fn last_token(self) -> Self {
+        Shape { seq: 1, past: self.past + self.seq - 1, ..self }
+    }
+
+    /// Columns of q, k and v.
+    pub fn qkv_widths(&self) -> [usize; 3] {
+        [self.heads, self.kv_heads, self.kv_heads].map(|n| n * self.head_dim)
+    }
+
     /// Heads and masking.
     pub fn attention(&self) -> AttentionSpec {
         AttentionSpec { causal: self.causal, ..AttentionSpec::new(self.heads, self.kv_heads, self.head_dim) }
@@ -185,6 +202,8 @@ pub struct Case {
     pub study: Study,
     /// Which form of it, where there are several.
     pub variant: Option<&'static str>,
+    /// The kernel that is measured alone, in the study of kernels.
+    pub kernel: Option<Kernel>,
     /// Its sizes.
     pub shape: Shape,
     /// Whether the plan's steps are timed one by one.
@@ -197,7 +216,7 @@ pub struct Case {
 
 impl Case {
     fn new(study: Study, shape: Shape) -> Self {
-        Case { study, variant: None, shape, steps: false, confirm_peak: false, notes: Vec::new() }
+        Case { study, variant: None, kernel: None, shape, steps: false, confirm_peak: false, notes: Vec::new() }
     }
     fn variant(self, variant: &'static str) -> Self {
         Case { variant: Some(variant), ..self }
@@ -216,7 +235,9 @@ impl Case {
         let s = &self.shape;
         let past = if s.past > 0 { format!(" past {}", s.past) } else { String::new() };
         let heads = if s.heads == s.kv_heads { s.heads.to_string() } else { format!("{}/{}", s.heads, s.kv_heads) };
-        format!("{} B {} S {}{past}, {heads} heads of {}, {}", self.study.name(), s.batch, s.seq, s.head_dim, s.dtype)
+        let kernel = self.kernel.map_or(String::new(), |k| format!(" {}", k.name()));
+        let study = self.study.name();
+        format!("{study}{kernel} B {} S {}{past}, {heads} heads of {}, {}", s.batch, s.seq, s.head_dim, s.dtype)
     }
 }
 
@@ -276,6 +297,7 @@ fn quick(study: Study) -> Vec<Case> {
             let shape = Shape::block(1, 1024).heads(8, 2, 128);
             [1, 4, 16, 64].map(|batch| throughput(batch, 1024, shape)).to_vec()
         }
+        Study::Kernels => kernels::quick(),
         Study::All => Vec::new(),
     }
 }
@@ -317,6 +339,7 @@ fn article(study: Study) -> Vec<Case> {
             let shape = Shape::block(1, 4096).heads(32, 8, 128);
             [1, 2, 4, 8, 16, 32, 64].map(|batch| throughput(batch, 4096, shape)).to_vec()
         }
+        Study::Kernels => kernels::article(),
         Study::All => Vec::new(),
     }
 }
@@ -339,8 +362,8 @@ pub fn explicit(study: Study, shape: Shape) -> Vec<Case> {
             qkv(Shape { causal: false, rope: false, ..shape }, "")
         }
         Study::Block => vec![Case::new(study, shape).detailed()],
-        // One new token sees what the shape's last token sees.
-        Study::Decode | Study::Throughput => vec![Case::new(study, Shape { seq: 1, past: shape.past + shape.seq - 1, ..shape })],
+        Study::Kernels => kernels::explicit(shape),
+        Study::Decode | Study::Throughput => vec![Case::new(study, shape.last_token())],
         _ => vec![Case::new(study, shape)],
     };
     each(study).into_iter().flat_map(of).collect()

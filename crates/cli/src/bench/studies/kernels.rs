@@ -1,0 +1,230 @@
+//! Each hot kernel alone at `maximal`: against the machine's limits, against its plain form, beside a loop that only reads the same memory, and
+//! beside neighbours of its shape.
+
+use lawson::{Level, Result};
+
+use super::{
+    SEED,
+    attention::{Numbers, Operator},
+    block::{self, BlockForms},
+    qkv::QkvForms,
+};
+use crate::bench::{
+    fit, inputs,
+    measure::{Budget, Forms, Measured, Reads, measure, measure_within},
+    record::Row,
+    rows::{self, Work},
+    session::Session,
+    specs::{Case, Feature, Kernel, Shape, neighbours},
+    statistics::percentile,
+    verify::{self, Checked},
+};
+
+/// Time of a neighbour and of the shape beside it.
+const NEIGHBOUR: Budget = Budget { seconds: 0.4, least: 3, most: 9 };
+
+/// Measures the kernel of `case`.
+pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    match case.kernel {
+        Some(Kernel::Projection) => projection(session, case),
+        Some(Kernel::Attention(features)) => attention(session, case, features),
+        Some(Kernel::Decode) => decode(session, case),
+        Some(Kernel::Block) => decode_block(session, case),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// A computation of one form that knows its work.
+trait Single: Forms {
+    fn work(&self) -> Work;
+}
+
+impl Single for Operator<'_> {
+    fn work(&self) -> Work {
+        Operator::work(self)
+    }
+}
+
+impl Single for QkvForms<'_> {
+    fn work(&self) -> Work {
+        QkvForms::work(self)
+    }
+}
+
+/// Computations that are timed in turn.
+struct InTurn<F>(Vec<F>);
+
+impl<F: Single> Forms for InTurn<F> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+    fn poison(&mut self, i: usize, everything: bool) -> Result<()> {
+        self.0[i].poison(0, everything)
+    }
+    fn call(&mut self, i: usize) -> Result<f64> {
+        self.0[i].call(0)
+    }
+    fn verify(&mut self, i: usize) -> Result<Checked> {
+        self.0[i].verify(0)
+    }
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        verify::wrong_size(data.len(), 0)
+    }
+}
+
+/// A kernel of one form, and a loop of the same threads that only reads the kernel's memory.
+struct BesideReading<'a, F> {
+    session: &'a Session<'a>,
+    kernel: F,
+}
+
+impl<F: Reads> Forms for BesideReading<'_, F> {
+    fn count(&self) -> usize {
+        2
+    }
+    fn poison(&mut self, i: usize, everything: bool) -> Result<()> {
+        self.kernel.advance();
+        if i == 0 { self.kernel.poison(0, everything) } else { Ok(()) }
+    }
+    fn call(&mut self, i: usize) -> Result<f64> {
+        if i == 0 { self.kernel.call(0) } else { Ok(self.session.context.read_loop(&self.kernel.memory())) }
+    }
+    fn verify(&mut self, i: usize) -> Result<Checked> {
+        if i == 0 { self.kernel.verify(0) } else { Ok(verify::nothing()) }
+    }
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        verify::wrong_size(data.len(), 0)
+    }
+}
+
+/// The read loop's time as a share of the kernel's.
+fn read_share(found: &[Measured]) -> Option<f64> {
+    let [kernel, read] = found else { return None };
+    kernel.failed.is_none().then(|| read.times.median() / kernel.times.median()).filter(|s| s.is_finite())
+}
+
+fn projection(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let make = |s: &Shape| {
+        let data = inputs::block_data(&s.problem(), SEED, session.threads());
+        QkvForms::new(session, *s, vec![true], &data)
+    };
+    let mut forms = InTurn(vec![make(&case.shape)?]);
+    let found = measure(session, &mut forms, &mut [])?;
+    let mut row = forms.0[0].row(case, Level::Maximal, 0, &found[0])?;
+    row.variant = Some(Kernel::Projection.name().to_owned());
+    let wrong = beside_neighbours(session, case, &mut row, forms, make)?;
+    Ok([vec![row], wrong].concat())
+}
+
+/// The row of tiled attention as it was measured.
+fn attention_row(session: &Session, case: &Case, operator: &mut Operator<'_>, m: &Measured, work: Work) -> Result<Row> {
+    let mut row = rows::base(session, case, Level::Maximal.name());
+    rows::measured(&mut row, m, work);
+    row.resident_bytes = Some(operator.resident_bytes());
+    row.traffic_bytes = row.resident_bytes;
+    row.peak_bytes = Some(operator.peak_bytes()?);
+    (row.steps, row.gemms, row.launches) = (Some(1), Some(0), Some(1));
+    Ok(row)
+}
+
+fn attention(session: &Session, case: &Case, features: &[Feature]) -> Result<Vec<Row>> {
+    let make = |s: &Shape, feature: Feature| {
+        let numbers = Numbers::new(&feature.shape(*s), session.threads());
+        Operator::with(session, s, feature, &numbers)
+    };
+    let operators = features.iter().map(|&f| make(&case.shape, f)).collect::<Result<Vec<_>>>()?;
+    let mut forms = InTurn(operators);
+    let found = measure(session, &mut forms, &mut [])?;
+    let mut all: Vec<Row> = Vec::new();
+    for ((&feature, operator), m) in features.iter().zip(&mut forms.0).zip(&found) {
+        let shape = feature.shape(case.shape);
+        let work = operator.work();
+        let mut row = attention_row(session, &Case { shape, ..case.clone() }, operator, m, work)?;
+        row.variant = Some(feature.variant(shape.causal).to_owned());
+        if feature == Feature::Ragged {
+            let lengths = feature.lengths(&case.shape)?;
+            let lengths: Vec<String> = lengths.new_tokens().iter().map(usize::to_string).collect();
+            rows::remark(&mut row, &format!("the ragged batch has sequences of {} tokens", lengths.join(", ")));
+        }
+        row.plain_share = all.first().and_then(|plain| Some(row.gflops? / plain.gflops?));
+        all.push(row);
+    }
+    forms.0.truncate(1);
+    if let Some(plain) = all.first_mut() {
+        let wrong = beside_neighbours(session, case, plain, forms, |s| make(s, Feature::Plain))?;
+        all.extend(wrong);
+    }
+    Ok(all)
+}
+
+/// Measures neighbours of the shape of `case`, each in turn with the only form of `forms`, and fills in `row`. Gives a row for each neighbour
+/// that was wrong.
+fn beside_neighbours<F: Single>(
+    session: &Session,
+    case: &Case,
+    row: &mut Row,
+    mut forms: InTurn<F>,
+    make: impl Fn(&Shape) -> Result<F>,
+) -> Result<Vec<Row>> {
+    let (Some(kernel), true) = (case.kernel, row.median_ms.is_some()) else { return Ok(Vec::new()) };
+    let shapes = neighbours(kernel, case.shape, session.neighbours);
+    let (mut shares, mut wrong) = (Vec::new(), Vec::new());
+    for (i, shape) in shapes.iter().enumerate() {
+        session.check()?;
+        session.bar.set_message(format!("{}: neighbour {} of {}", case.name(), i + 1, shapes.len()));
+        forms.0.push(make(shape)?);
+        let found = measure_within(session, NEIGHBOUR, &mut forms, &mut [])?;
+        let rate = |i: usize| forms.0[i].work().flops.map(|f| f / found[i].times.median());
+        if found[1].failed.is_some() {
+            let mut of = rows::base(session, &Case { shape: *shape, ..case.clone() }, Level::Maximal.name());
+            of.variant = row.variant.as_ref().map(|v| format!("{v}, neighbour"));
+            rows::measured(&mut of, &found[1], forms.0[1].work());
+            wrong.push(of);
+        } else {
+            shares.extend(rate(1).zip(rate(0)).map(|(near, own)| near / own).filter(|s| s.is_finite()));
+        }
+        forms.0.truncate(1);
+    }
+    shares.sort_by(f64::total_cmp);
+    if let Some(&least) = shares.first() {
+        row.neighbours = Some(shares.len());
+        (row.neighbours_least, row.neighbours_median) = (Some(least), Some(percentile(&shares, 0.5)));
+    }
+    Ok(wrong)
+}
+
+/// Warm over one cache, then cold over copies of it that together do not stay in the last-level cache.
+fn decode(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let kernel = {
+        let numbers = Numbers::new(&case.shape, session.threads());
+        Operator::new(session, &case.shape, &numbers)?
+    };
+    let (bytes, work) = (kernel.cache_bytes(), kernel.decode_work());
+    let mut forms = BesideReading { session, kernel };
+    let mut all = Vec::new();
+    for (variant, copies) in [("decode warm", 1), ("decode cold", fit::copies(bytes))] {
+        session.check()?;
+        forms.kernel.keep_copies(copies);
+        let found = measure(session, &mut forms, &mut [])?;
+        let mut row = attention_row(session, case, &mut forms.kernel, &found[0], work)?;
+        row.variant = Some(variant.to_owned());
+        row.read_share = read_share(&found);
+        all.push(row);
+    }
+    Ok(all)
+}
+
+fn decode_block(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let problem = case.shape.problem();
+    let data = inputs::block_data(&problem, SEED, session.threads());
+    let kernel = BlockForms::new(session, &problem, &data, &[Level::Maximal], None)?;
+    let mut forms = BesideReading { session, kernel };
+    let found = measure(session, &mut forms, &mut [])?;
+    let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
+    let mut all = block::level_rows(session, case, &[Level::Maximal], &mut forms.kernel, &found[..1], work)?;
+    for row in &mut all {
+        row.variant = Some(Kernel::Block.name().to_owned());
+        row.read_share = read_share(&found);
+    }
+    Ok(all)
+}
