@@ -21,7 +21,8 @@
 //   block   32·WARPS threads
 //   shared  64·WARPS·(P + 8)·STAGES + 128·WARPS + 16 bytes, dynamic
 //   grid    x = splits, y = row_tiles · G with row_tiles = ⌈S_max · (H/G) / 16⌉, z = B
-//   splits  1 … 256; the fewest that fill the SMs: clamp(⌊SMs / (B · G · row_tiles)⌋, 1, ⌈L / 128⌉)
+//   splits  1 … 256; the fewest that fill the SMs: clamp(⌊SMs / (B · G · row_tiles)⌋, 1, ⌈L / 128⌉); 2 where B · G · row_tiles ≥ 4 · SMs, so that the last
+//           blocks end together
 //   parts, states, counters are not touched when splits = 1
 #include "prelude.cuh"
 #include "cache.cuh"

@@ -19,7 +19,7 @@
 //   block   128 threads
 //   ROWS    P ≤ 128 ? 128 : 64
 //   KEYS    P ≤ 64 and no SCORE_FEATURES: 128; 96 < P ≤ 128 with SCORE_FEATURES: 32; else 64
-//   STAGES  P ≤ 64 ? 2 : 1; 1 also where two blocks would not fit an SM
+//   STAGES  P ≤ 96 ? 2 : 1; 1 also where two blocks would not fit an SM
 //   shared  2·(P + 8)·(ROWS + 2·STAGES·KEYS) + 8·ROWS + 64 bytes, dynamic
 //   grid    x = tiles · B · G with tiles = ⌈S_max · (H/G) / ROWS⌉, S_max the greatest number of new tokens of a sequence; y = z = 1
 //   section how many pairs (b, g) run side by side: clamp(⌊L2 bytes / 2 / (4 · D · rows of the cache)⌋, 1, B·G), so that their K and V stay in L2
@@ -33,7 +33,7 @@
 #define KEYS (HEAD_DIM_PADDED <= 64 && !SCORE_FEATURES ? 128 : HEAD_DIM_PADDED <= 128 && HEAD_DIM_PADDED > 96 && SCORE_FEATURES ? 32 : 64)
 #endif
 #ifndef STAGES
-#define STAGES (HEAD_DIM_PADDED <= 64 ? 2 : 1)
+#define STAGES (HEAD_DIM_PADDED <= 96 ? 2 : 1)
 #endif
 
 constexpr int DIM = HEAD_DIM_PADDED, PITCH = tile_pitch(DIM);

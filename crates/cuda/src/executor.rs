@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use lawson_core::{
     DType, Error, ErrorKind, Result,
     plan::{BlockPlan, BufferName, Op, Operand as PlanOperand, Part, Projection, TiledAttention},
-    problem::{Level, RopeFrequencies, RopeLayout},
+    problem::{RopeFrequencies, RopeLayout},
 };
 
 use crate::{
@@ -248,8 +248,8 @@ impl<'a> Sizes<'a> {
             _ => self.dtype(),
         };
         let b = &spec.biases;
-        // The tiled levels add the biases of q, k and v in the pass over heads.
-        let in_epilogue = is_o || self.plan.level <= Level::Minimal;
+        // Where one pass over heads follows, it adds the biases of q, k and v.
+        let in_epilogue = is_o || !self.plan.steps().any(|s| matches!(s.op, Op::HeadEpilogue { .. }));
         let biased = match p.part {
             Part::Q => b.q,
             Part::K => b.k,

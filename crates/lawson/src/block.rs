@@ -511,6 +511,10 @@ impl CapturedCall {
     pub fn plan(&self) -> &Arc<BlockPlan> {
         &self.plan
     }
+    /// x, the cache and y, for a call that is not a replay.
+    pub fn parts(&mut self) -> (TensorRef<'_>, &mut KvCache, TensorMut<'_>) {
+        (self.x.as_ref(), &mut self.cache, self.y.as_mut())
+    }
     /// Input, for the next replay.
     pub fn x_mut(&mut self) -> &mut DeviceTensor {
         &mut self.x

@@ -136,6 +136,14 @@ impl DeviceTensor {
         let elements = DeviceElementsMut::new(&mut self.buffer, self.dtype, len);
         TensorMut::new(elements, &self.shape).expect("the memory has the shape it was made with")
     }
+    /// Enqueues making every element NaN, so that one that no step writes cannot pass for a result.
+    ///
+    /// # Errors
+    /// `Device` with the driver's word.
+    pub fn poison(&mut self) -> Result<()> {
+        // All bits set are NaN in every dtype.
+        self.buffer.fill(0xff)
+    }
     /// All elements as f32, row-major; waits for the device.
     ///
     /// # Errors

@@ -17,8 +17,8 @@ pub fn describe(context: &Context) -> Machine {
     let system = kernel("ostype").unwrap_or_else(|| std::env::consts::OS.to_owned());
     let system = [system, kernel("osrelease").unwrap_or_default(), std::env::consts::ARCH.to_owned()];
     Machine {
-        name: machine::processor_name(),
-        isa: context.isa().to_string(),
+        name: context.machine().name.clone(),
+        isa: context.machine().isa.clone(),
         isa_features: machine::features().into_iter().map(str::to_owned).collect(),
         cores: cores(),
         threads: Some(context.threads()),

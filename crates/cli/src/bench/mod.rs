@@ -182,10 +182,26 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let context = global.context()?;
     check_writable(&args.out)?;
     let session = start(args, global, context, shape.is_some());
-    let cases = match shape {
+    let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
         None => specs::preset(args.study, args.preset),
     };
+    if session.context.gpu().is_some() {
+        cases.retain(|case| matches!(case.study, Study::Block | Study::Throughput));
+        let device = session.context.device();
+        if cases.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!(
+                    "the study {} runs on the CPU only so far: --device cpu; block and throughput run on {device}",
+                    args.study.name()
+                ),
+            ));
+        }
+        if !global.quiet && (args.study == Study::All || !args.peers.is_empty()) {
+            eprintln!("on {device} bench measures block and throughput, without peers; --device cpu measures the rest");
+        }
+    }
     if shape.is_some() {
         cases.iter().try_for_each(|case| fit::check(&session, case))?;
     }

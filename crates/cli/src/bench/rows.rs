@@ -19,7 +19,7 @@ pub fn base(session: &Session, case: &Case, level: &str) -> Row {
     Row {
         study: case.study.name().to_owned(),
         level: level.to_owned(),
-        device: "cpu".to_owned(),
+        device: session.context.device().to_string(),
         dtype: s.dtype.to_string(),
         kv_dtype: cached.then(|| s.kv_dtype.to_string()),
         weights: block.then(|| s.dtype.to_string()),

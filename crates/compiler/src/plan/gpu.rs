@@ -81,8 +81,10 @@ impl Draft<'_> {
             return TiledAttention { query_tile: (block / a.group()).max(1), split: None };
         }
         let blocks = batch.sequences() * a.kv_heads * rows.div_ceil(DECODE_ROWS);
-        let resident = self.planner.machine.threads * if a.head_dim <= 128 { 2 } else { 1 };
-        let parts = (resident / blocks.max(1)).clamp(1, batch.max_len().div_ceil(LEAST_SPLIT)).min(256);
+        let multiprocessors = self.planner.machine.threads;
+        // One block fills a multiprocessor with copies on their way. Many blocks are split in two, so that the last ones end together.
+        let parts = if blocks >= 4 * multiprocessors { 2 } else { multiprocessors / blocks.max(1) };
+        let parts = parts.clamp(1, batch.max_len().div_ceil(LEAST_SPLIT).min(256));
         TiledAttention { query_tile: 0, split: (parts > 1).then(|| batch.max_len().div_ceil(parts)) }
     }
 

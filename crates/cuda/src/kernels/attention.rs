@@ -176,8 +176,8 @@ unsafe impl KernelParams for F32Params {}
 const PADDED: [usize; 7] = [32, 64, 80, 96, 128, 192, 256];
 /// Rows of queries of a block of the decode kernel.
 const DECODE_ROWS: usize = 16;
-/// Shared memory of a multiprocessor of Hopper and of the large Ampere GPU; less asks for fewer stages.
-const AMPLE_SHARED: u32 = 200 * 1024;
+/// Shared memory of a block that the sources' own tiles are made for; less asks for fewer stages.
+const HOPPER_SHARED: u32 = 227 * 1024;
 
 impl Shape {
     /// Whether tensor cores take it.
@@ -190,7 +190,7 @@ impl Shape {
     }
 
     fn score_features(&self) -> i64 {
-        i64::from(self.spec.softcap.is_some() || self.spec.alibi || self.mask)
+        i64::from(self.spec.softcap.is_some() || self.spec.alibi || self.mask || self.spec.scale() < 0.0)
     }
 
     fn row_tiles(&self) -> usize {
@@ -234,12 +234,14 @@ impl Shape {
             ("PAGED", paged),
             ("SCORE_FEATURES", self.score_features()),
         ];
-        if self.takes_decode(shared) {
-            let stages = self.decode_stages(shared);
-            macros.extend((stages != self.most_stages()).then_some(("STAGES", stages as i64)));
+        if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
+            let usual = self.decode_tiles(HOPPER_SHARED);
+            macros.extend((usual.map(|u| u.warps) != Some(own.warps)).then_some(("WARPS", own.warps as i64)));
+            macros.extend((usual.map(|u| u.stages) != Some(own.stages)).then_some(("STAGES", own.stages as i64)));
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
-        macros.extend((shared < AMPLE_SHARED).then_some(("STAGES", 1)));
+        let own = self.prefill_tiles(shared);
+        macros.extend((self.prefill_tiles(HOPPER_SHARED).stages != own.stages).then_some(("STAGES", own.stages as i64)));
         Instance::new(&ATTENTION_PREFILL, &macros)
     }
 
@@ -247,22 +249,50 @@ impl Shape {
         [32, 64, 128, 192].into_iter().find(|&d| d >= self.spec.head_dim).unwrap_or(256)
     }
 
-    /// Stages that the decode kernel takes by itself.
-    fn most_stages(&self) -> usize {
+    /// Tiles of the decode kernel where a block can have `shared` bytes; none where two stages do not fit: the prefill kernel takes few queries
+    /// too.
+    fn decode_tiles(&self, shared: u32) -> Option<DecodeTiles> {
         let p = self.padded();
-        ((if p <= 128 { 107_000 } else { 220_000 }) / (256 * (p + 8))).min(8)
+        let most = shared.min(HOPPER_SHARED) as usize;
+        let of = |warps: usize| {
+            let stage = 64 * warps * (p + 8);
+            let stages = (most.saturating_sub(128 * warps + 16) / stage).min(220_000 / stage).min(8);
+            (stages >= 2).then_some(DecodeTiles { warps, stages, shared: stage * stages + 128 * warps + 16 })
+        };
+        if p <= 128 { of(8).or_else(|| of(4)) } else { of(4) }
     }
 
-    /// As many as `shared` bytes hold.
-    fn decode_stages(&self, shared: u32) -> usize {
-        let fitting = (shared as usize).saturating_sub(528) / (256 * (self.padded() + 8));
-        self.most_stages().min(fitting)
+    /// Tiles of the prefill kernel where a block can have `shared` bytes: two stages where two such blocks fit a multiprocessor.
+    fn prefill_tiles(&self, shared: u32) -> PrefillTiles {
+        let (p, features) = (self.padded(), self.score_features() != 0);
+        let rows = if p <= 128 { 128 } else { 64 };
+        let keys = match p {
+            ..=64 if !features => 128,
+            97..=128 if features => 32,
+            _ => 64,
+        };
+        let bytes = |stages: usize| 2 * (p + 8) * (rows + 2 * stages * keys) + 8 * rows + 64;
+        let stages = if p <= 96 && 2 * bytes(2) <= shared as usize { 2 } else { 1 };
+        PrefillTiles { rows, stages, shared: bytes(stages) }
     }
+}
 
-    /// Whether the decode kernel is asked for and has the two stages that it needs; the prefill kernel takes few queries too.
-    fn takes_decode(&self, shared: u32) -> bool {
-        self.decode && self.decode_stages(shared) >= 2
-    }
+/// What a block of the decode kernel holds.
+#[derive(Clone, Copy)]
+struct DecodeTiles {
+    warps: usize,
+    stages: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
+}
+
+/// What a block of the prefill kernel holds.
+#[derive(Clone, Copy)]
+struct PrefillTiles {
+    rows: usize,
+    stages: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
 }
 
 /// The kernel that a shape takes, with its geometry.
@@ -288,7 +318,6 @@ impl Attention {
     pub fn new(module: &Module, shape: Shape, info: &DeviceInfo) -> Result<Self> {
         let a = &shape.spec;
         let (rows, pairs, d) = (shape.new * a.group(), shape.sequences * a.kv_heads, a.head_dim);
-        let p = shape.padded();
         let kind = if !shape.fits_tensor_cores() {
             let chunked = d > 256;
             let (m, width) = (shape.tile_rows(), if chunked { 256 } else { shape.f32_padded() });
@@ -299,16 +328,14 @@ impl Attention {
             let launch = Launch::new(grid, 256).shared(shared as u32).overlapping_previous();
             let merge = if shape.splits > 1 { Some(module.kernel("attention_f32_merge")?) } else { None };
             Kind::F32 { kernel: module.kernel("attention_f32")?, launch, merge }
-        } else if shape.takes_decode(info.shared_memory_per_block) {
-            let shared = 256 * (p + 8) * shape.decode_stages(info.shared_memory_per_block) + 528;
+        } else if let Some(tiles) = shape.decode_tiles(info.shared_memory_per_block).filter(|_| shape.decode) {
             let grid = [shape.splits as u32, (shape.row_tiles() * a.kv_heads) as u32, shape.sequences as u32];
-            Kind::Decode(module.kernel("attention_decode")?, Launch::new(grid, 128).shared(shared as u32).overlapping_previous())
+            let launch = Launch::new(grid, 32 * tiles.warps as u32).shared(tiles.shared as u32).overlapping_previous();
+            Kind::Decode(module.kernel("attention_decode")?, launch)
         } else {
-            let (block, keys) = if p <= 128 { (128, 64) } else { (64, 32) };
-            let stages = if info.shared_memory_per_block < AMPLE_SHARED { 1 } else { 2 };
-            let shared = 2 * (p + 8) * (block + 2 * stages * keys) + 8 * block + 64;
-            let grid = [(rows.div_ceil(block) * pairs) as u32, 1, 1];
-            let launch = Launch::new(grid, 128).shared(shared as u32).overlapping_previous();
+            let tiles = shape.prefill_tiles(info.shared_memory_per_block);
+            let grid = [(rows.div_ceil(tiles.rows) * pairs) as u32, 1, 1];
+            let launch = Launch::new(grid, 128).shared(tiles.shared as u32).overlapping_previous();
             Kind::Prefill(module.kernel("attention_prefill")?, launch)
         };
         // So many pairs of sequence and head run side by side that their K and V stay in half of the second-level cache.

@@ -13,7 +13,10 @@ use lawson_core::{
     plan::{BufferName, Op},
 };
 
-use super::{SEED, block::BlockForms};
+use super::{
+    SEED,
+    block::{BlockForms, LevelForms},
+};
 use crate::bench::{
     inputs,
     measure::{Forms, Reads, measure, time},

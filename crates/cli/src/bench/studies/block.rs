@@ -2,10 +2,10 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, Level, PreparedCall, Result, Tensor, machine::Memory};
+use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, KvCache, Level, PreparedCall, Result, Tensor, machine::Memory};
 use lawson_core::plan::Op;
 
-use super::SEED;
+use super::{SEED, block_gpu::GraphForms};
 use crate::bench::{
     inputs,
     measure::{Forms, Measured, Reads, measure, time},
@@ -50,28 +50,49 @@ impl<'a> BlockForms<'a> {
         let reference = BlockReference::new(problem, data, session.threads())?;
         Ok(BlockForms { problem, data, blocks, call, y: nan.clone(), nan, reference, counted })
     }
+}
 
+/// Levels of one block as forms, with what their rows say besides times.
+pub trait LevelForms: Forms {
+    /// What is computed.
+    fn problem(&self) -> &BlockProblem;
     /// The plan of form `i`.
-    pub fn plan(&self, i: usize) -> Result<Arc<BlockPlan>> {
+    fn plan(&self, i: usize) -> Result<Arc<BlockPlan>>;
+    /// Bytes of packed weights, cache, x and y.
+    fn resident_bytes(&self) -> usize;
+    /// Seconds of each step of form `i`, in a call of its own.
+    fn step_call(&mut self, i: usize) -> Result<Vec<f64>>;
+}
+
+/// Bytes of x and y.
+pub fn xy_bytes(problem: &BlockProblem) -> usize {
+    2 * problem.batch.tokens() * problem.spec.hidden_size * problem.dtype.size()
+}
+
+/// Median seconds of each step of form `i`.
+fn step_seconds(forms: &mut dyn LevelForms, i: usize) -> Result<Vec<f64>> {
+    let mut runs = Vec::new();
+    for _ in 0..STEP_RUNS {
+        forms.poison(i, false)?;
+        runs.push(forms.step_call(i)?);
+    }
+    let steps = runs.first().map_or(0, Vec::len);
+    Ok((0..steps).map(|s| Times::new(runs.iter().map(|r| r[s]).collect()).median()).collect())
+}
+
+impl LevelForms for BlockForms<'_> {
+    fn problem(&self) -> &BlockProblem {
+        self.problem
+    }
+    fn plan(&self, i: usize) -> Result<Arc<BlockPlan>> {
         let batch = &self.problem.batch;
         self.blocks[i].plan(batch.new_tokens(), batch.past(), None, self.problem.kv_dtype)
     }
-
-    /// Bytes of packed weights, cache, x and y.
-    pub fn resident_bytes(&self) -> usize {
-        let xy = 2 * self.problem.batch.tokens() * self.problem.spec.hidden_size * self.problem.dtype.size();
-        self.call.block.weight_bytes() + self.call.cache.bytes() + xy
+    fn resident_bytes(&self) -> usize {
+        self.call.block.weight_bytes() + self.call.cache.bytes() + xy_bytes(self.problem)
     }
-
-    /// Median seconds of each step of form `i`.
-    fn step_seconds(&mut self, i: usize) -> Result<Vec<f64>> {
-        let mut runs = Vec::new();
-        for _ in 0..STEP_RUNS {
-            self.poison(i, false)?;
-            runs.push(self.blocks[i].forward_timed(self.call.args(&mut self.y)?)?.1);
-        }
-        let steps = runs.first().map_or(0, Vec::len);
-        Ok((0..steps).map(|s| Times::new(runs.iter().map(|r| r[s]).collect()).median()).collect())
+    fn step_call(&mut self, i: usize) -> Result<Vec<f64>> {
+        Ok(self.blocks[i].forward_timed(self.call.args(&mut self.y)?)?.1)
     }
 }
 
@@ -85,22 +106,7 @@ impl Forms for BlockForms<'_> {
         if !everything {
             return Ok(());
         }
-        // The cache takes whole sequences only: the past as it was, and NaN behind it.
-        let (batch, a) = (&self.problem.batch, &self.problem.spec.attention);
-        let past_row = self.data.past_rows * a.head_dim;
-        for (b, (&new, &past)) in batch.new_tokens().iter().zip(batch.past()).enumerate() {
-            let fill = |from: &[f32]| {
-                let mut rows = Vec::with_capacity(a.kv_dim() * (past + new));
-                for g in b * a.kv_heads..(b + 1) * a.kv_heads {
-                    rows.extend_from_slice(&from[g * past_row..][..past * a.head_dim]);
-                    rows.resize(rows.len() + new * a.head_dim, f32::NAN);
-                }
-                rows
-            };
-            self.call.cache.import(0, b, past + new, &fill(&self.data.past_k), &fill(&self.data.past_v))?;
-            self.call.cache.truncate(b, past)?;
-        }
-        Ok(())
+        poison_cache(&mut self.call.cache, self.problem, self.data)
     }
 
     fn call(&mut self, i: usize) -> Result<f64> {
@@ -117,6 +123,25 @@ impl Forms for BlockForms<'_> {
     fn verify_peer(&self, data: &[f32]) -> Checked {
         self.reference.check_peer(data)
     }
+}
+
+/// Makes the cache that of `data`'s past, with NaN behind it: it takes whole sequences only.
+pub fn poison_cache(cache: &mut KvCache, problem: &BlockProblem, data: &BlockData) -> Result<()> {
+    let (batch, a) = (&problem.batch, &problem.spec.attention);
+    let past_row = data.past_rows * a.head_dim;
+    for (b, (&new, &past)) in batch.new_tokens().iter().zip(batch.past()).enumerate() {
+        let fill = |from: &[f32]| {
+            let mut rows = Vec::with_capacity(a.kv_dim() * (past + new));
+            for g in b * a.kv_heads..(b + 1) * a.kv_heads {
+                rows.extend_from_slice(&from[g * past_row..][..past * a.head_dim]);
+                rows.resize(rows.len() + new * a.head_dim, f32::NAN);
+            }
+            rows
+        };
+        cache.import(0, b, past + new, &fill(&data.past_k), &fill(&data.past_v))?;
+        cache.truncate(b, past)?;
+    }
+    Ok(())
 }
 
 impl Reads for BlockForms<'_> {
@@ -147,6 +172,14 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
 pub fn of_levels(session: &Session, case: &Case, levels: &[Level]) -> Result<BlockRows> {
     let problem = case.shape.problem();
     let data = inputs::block_data(&problem, SEED, session.threads());
+    if session.context.gpu().is_some() {
+        let mut forms = GraphForms::new(session, &problem, &data, levels)?;
+        let found = measure(session, &mut forms, &mut [])?;
+        let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
+        let mut rows = level_rows(session, case, levels, &mut forms, &found, work)?;
+        rows::speedups(&mut rows);
+        return Ok(BlockRows { rows, weight_bytes: forms.weight_bytes() });
+    }
     let mut forms = BlockForms::new(session, &problem, &data, levels, None)?;
     let mut peers = start_peers(session, case, &data)?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
@@ -162,7 +195,7 @@ pub fn level_rows(
     session: &Session,
     case: &Case,
     levels: &[Level],
-    forms: &mut BlockForms<'_>,
+    forms: &mut dyn LevelForms,
     found: &[Measured],
     work: Work,
 ) -> Result<Vec<Row>> {
@@ -176,12 +209,12 @@ pub fn level_rows(
         rows::planned(&mut row, &plan);
         row.resident_bytes = Some(forms.resident_bytes() as u64);
         row.same_as = plans.iter().find(|p| p.same_as(&plan)).map(|p| p.level.name().to_owned());
-        if case.confirm_peak && row.same_as.is_none() {
+        if case.confirm_peak && row.same_as.is_none() && session.context.gpu().is_none() {
             session.bar.set_message(format!("{}: peak memory of {level}", case.name()));
-            peak::confirm(session, &plan, forms.problem)?.iter().for_each(|text| rows::remark(&mut row, text));
+            peak::confirm(session, &plan, forms.problem())?.iter().for_each(|text| rows::remark(&mut row, text));
         }
         if case.steps && m.failed.is_none() {
-            row.steps_table = rows::steps(&plan, &forms.step_seconds(i)?);
+            row.steps_table = rows::steps(&plan, &step_seconds(forms, i)?);
         }
         plans.push(plan);
         rows.push(row);

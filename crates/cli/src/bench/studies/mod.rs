@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+mod block_gpu;
 mod kernels;
 mod qkv;
 mod rope;
