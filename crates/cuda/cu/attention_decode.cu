@@ -9,7 +9,7 @@
 // The H/G query heads of a key/value head and the sequence's new tokens are packed into rows R = token · group + head in group, 16 for each block.
 // The keys that a block's rows see, in steps of 16 from a multiple of 16 on, are divided into runs of max(⌈steps / splits⌉, WARPS) steps, one for each block
 // along x; blocks behind the last run have nothing to do. Ranges follow from the lengths in device memory, so one grid serves growing lengths.
-// With counters the last block to arrive merges the parts in the order of the splits; the result does not depend on which one that is.
+// The last block to arrive merges the parts in the order of the splits; the result does not depend on which one that is.
 // Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); online softmax: softmax_state.cuh.
 //
 // Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), PAGED (0, 1; pages of 16 rows or
@@ -51,7 +51,7 @@ struct Params {
     float* lse;                 // [T, H], natural logarithm, sinks included; null: not wanted
     float* parts;               // 16-byte aligned
     float2* states;             // m in base 2 and l
-    unsigned* counters;         // [B, row_tiles·G], 0 before the first launch and after each; null: attention_merge follows
+    unsigned* counters;         // [B, row_tiles·G], 0 before the first launch and after each
     const int* starts;          // [B + 1], first token of each sequence
     const int* past;            // [B], rows of the cache before the new tokens
     const float* sinks;         // [H] or null

@@ -5,8 +5,6 @@
 // registers of its threads (ITEMS · VEC · threads >= W); beyond (ITEMS = 0) maximum and sum are taken online in a first pass and
 // the row is read a second time. Memory bounds it. Paper: Milakov and Gimelshein 2018, arXiv 1805.02867.
 //
-// softmax_max, softmax_exp and softmax_divide are the three passes of the study, each through memory.
-//
 // Macros: DTYPE, OUT_DTYPE (= DTYPE); VEC (VEC·size <= 16, divides W and the strides, pointers aligned to it); ITEMS 0, 1, 2, 4, 8
 // with ITEMS · VEC <= 32.
 #include "prelude.cuh"
@@ -28,8 +26,6 @@ struct Params {
     const void* x;       // [rows, W]
     void* y;             // [rows, W]
     const float* sinks;  // [heads] natural-log logits, of row r: sinks[r / plane_rows mod heads]; or null
-    float* row_max;      // [rows]: written by softmax_max, read by softmax_exp; elsewhere unused
-    float* row_sum;      // [rows]: written by softmax_exp, read by softmax_divide; elsewhere unused
     long long x_stride, y_stride; // elements between rows
     int rows, width;
     int plane_rows, heads;        // where sinks are given
@@ -46,7 +42,7 @@ __device__ __forceinline__ float inverse_sum(const Params& p, int row, float sum
     return sum > 0.0f ? 1.0f / sum : sum == 0.0f ? 0.0f : sum;
 }
 
-// For every kernel here: grid ceil(rows / blockDim.y); block (32, several) or (threads, 1), threads a multiple of 32 up to 1024.
+// Grid: ceil(rows / blockDim.y). Block: (32, several) or (threads, 1), threads a multiple of 32 up to 1024.
 extern "C" __global__ void __launch_bounds__(1024) softmax(const __grid_constant__ Params p) {
     __shared__ float scratch[32];
     wait_for_previous_kernel();
@@ -122,70 +118,4 @@ extern "C" __global__ void __launch_bounds__(1024) softmax(const __grid_constant
         if (at < vectors) store<OUT_DTYPE, VEC>(y + at * VEC, u);
     }
 #endif
-}
-
-extern "C" __global__ void __launch_bounds__(1024) softmax_max(const __grid_constant__ Params p) {
-    __shared__ float scratch[32];
-    wait_for_previous_kernel();
-    const int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= p.rows) return;
-    const In* x = (const In*)p.x + row * p.x_stride;
-    float m = NEG_INF;
-#pragma unroll 4
-    for (int at = threadIdx.x; at < p.width / VEC; at += blockDim.x) {
-        float u[VEC];
-        load<DTYPE, VEC>(x + at * VEC, u);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) m = fmaxf(m, u[j]);
-    }
-    m = block_max(m, scratch);
-    if (threadIdx.x == 0) p.row_max[row] = m;
-}
-
-// y = exp(x - max), not yet divided; rounded to OUT_DTYPE.
-extern "C" __global__ void __launch_bounds__(1024) softmax_exp(const __grid_constant__ Params p) {
-    __shared__ float scratch[32];
-    wait_for_previous_kernel();
-    const int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= p.rows) return;
-    const In* x = (const In*)p.x + row * p.x_stride;
-    Out* y = (Out*)p.y + row * p.y_stride;
-    const float m = finite_max(p.row_max[row]);
-    float sum = 0.0f;
-    for (int base = 0; base < p.width / VEC; base += blockDim.x) {
-        const int at = base + threadIdx.x;
-        const bool on = at < p.width / VEC;
-        float u[VEC];
-        if (on) load<DTYPE, VEC>(x + at * VEC, u);
-        if (DTYPE != OUT_DTYPE) {
-            if (blockDim.x > 32) __syncthreads();
-            else __syncwarp();
-        }
-        if (!on) continue;
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-            u[j] = exp2_approx((u[j] - m) * LOG2E);
-            sum += u[j];
-        }
-        store<OUT_DTYPE, VEC>(y + at * VEC, u);
-    }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) p.row_sum[row] = sum;
-}
-
-// y in place; x is not read.
-extern "C" __global__ void __launch_bounds__(1024) softmax_divide(const __grid_constant__ Params p) {
-    wait_for_previous_kernel();
-    const int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= p.rows) return;
-    Out* y = (Out*)p.y + row * p.y_stride;
-    const float inverse = inverse_sum(p, row, p.row_sum[row], p.sinks ? finite_max(p.row_max[row]) : 0.0f);
-#pragma unroll 4
-    for (int at = threadIdx.x; at < p.width / VEC; at += blockDim.x) {
-        float u[VEC];
-        load<OUT_DTYPE, VEC>(y + at * VEC, u);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) u[j] *= inverse;
-        store<OUT_DTYPE, VEC>(y + at * VEC, u);
-    }
 }

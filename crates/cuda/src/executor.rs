@@ -638,7 +638,6 @@ impl Run<'_> {
                         width: s.columns as i32,
                         plane_rows: s.new as i32,
                         heads: a.heads as i32,
-                        ..SoftmaxParams::default()
                     };
                     softmax.run(&params, p)
                 }

@@ -125,36 +125,26 @@ impl Function {
     /// This kernel with parameters of type `P`.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](lawson_core::ErrorKind::InvalidInput) when the kernel does not take exactly one parameter of the size of
+    /// [`ErrorKind::InvalidInput`](lawson_core::ErrorKind::InvalidInput) when the kernel's parameter does not have the size of
     /// `P`; drivers older than CUDA 12.4 cannot tell.
     pub fn typed<P: KernelParams>(&self) -> Result<Kernel<P>> {
-        if let Some(sizes) = self.parameter_sizes()
-            && sizes != [size_of::<P>()]
+        if let Some(size) = self.parameter_size()
+            && size != size_of::<P>()
         {
-            return Err(Error::invalid(format!(
-                "{} takes parameters of {sizes:?} bytes, not one of {}",
-                self.0.name,
-                size_of::<P>()
-            )));
+            return Err(Error::invalid(format!("{} takes a parameter of {size} bytes, not of {}", self.0.name, size_of::<P>())));
         }
         Ok(Kernel { function: self.clone(), params: PhantomData })
     }
 
-    /// Bytes of each parameter, if the driver can tell.
-    fn parameter_sizes(&self) -> Option<Vec<usize>> {
+    /// Bytes of the first parameter, if the driver can tell.
+    fn parameter_size(&self) -> Option<usize> {
         self.device().bind().ok()?;
         // SAFETY: a device is open, so the driver is loaded; the address is only compared with null.
         unsafe { sys::culib().get::<unsafe extern "C" fn()>(b"cuFuncGetParamInfo\0") }.ok()?;
-        let mut sizes = Vec::new();
-        loop {
-            let (mut offset, mut size) = (0, 0);
-            // SAFETY: the driver has the function, as was just seen; kernel and numbers outlive the call.
-            match unsafe { sys::cuFuncGetParamInfo(self.0.function, sizes.len(), &mut offset, &mut size) } {
-                CUresult::CUDA_SUCCESS => sizes.push(size),
-                // The index is one past the last parameter.
-                _ => return Some(sizes),
-            }
-        }
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the driver has the function, as was just seen; kernel and numbers outlive the call.
+        let told = unsafe { sys::cuFuncGetParamInfo(self.0.function, 0, &mut offset, &mut size) };
+        (told == CUresult::CUDA_SUCCESS).then_some(size)
     }
 
     /// How many blocks of `threads` threads and `shared` bytes of dynamic shared memory one multiprocessor runs at once.

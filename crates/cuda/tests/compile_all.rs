@@ -22,6 +22,14 @@ const EVERYTHING: Gpu = ((9, 0), 227 << 10);
 const COVERED: [Gpu; 5] =
     [((8, 0), 163 << 10), ((8, 6), 99 << 10), ((8, 9), 99 << 10), ((10, 0), 227 << 10), ((12, 0), 99 << 10)];
 
+/// Bytes that a thread of these kernels may spill: registers that live across the main loop, stored before it and loaded behind it, cost
+/// less than a block fewer on a multiprocessor. Of every other kernel none.
+const SPILLS: [(&str, u32); 2] = [("attention_f32", 192), ("attention_prefill", 64)];
+
+fn allowed(kernel: &str) -> u32 {
+    SPILLS.iter().find(|(name, _)| *name == kernel).map_or(0, |(_, bytes)| *bytes)
+}
+
 /// Instances in which each macro of each source takes each of its values.
 fn covering(all: &[Instance]) -> Vec<Instance> {
     let mut seen = HashSet::new();
@@ -107,7 +115,9 @@ fn every_instance_compiles_without_spilling() {
                     if named != expected {
                         fault(format!("it has the kernels {named:?}, not {expected:?}"));
                     }
-                    for kernel in kernels.iter().filter(|k| k.registers == 0 || k.registers > 255 || k.spill_bytes > 0) {
+                    for kernel in
+                        kernels.iter().filter(|k| k.registers == 0 || k.registers > 255 || k.spill_bytes > allowed(&k.name))
+                    {
                         fault(format!(
                             "{} takes {} registers and spills {} bytes",
                             kernel.name, kernel.registers, kernel.spill_bytes

@@ -128,7 +128,7 @@ impl Context {
         let cpu = Cpu::new(options.isa.map_or_else(Isa::choose, Ok)?, threads)?;
         let (gpu, fallback) = match options.device {
             Device::Cpu => (None, None),
-            Device::Cuda(n) => (Some(open(n).map_err(|e| e.at(&format!("device {}", options.device)))?), None),
+            Device::Cuda(n) => (Some(open(n).map_err(|e| e.at(format!("device {}", options.device)))?), None),
             // An instruction set that is asked for is one of the CPU's.
             Device::Auto if options.isa.is_some() => (None, None),
             Device::Auto => match open(0) {

@@ -37,7 +37,7 @@ sources! {
     /// What follows the QKV projection.
     QKV_EPILOGUE = "qkv_epilogue" ["qkv_epilogue"] ["prelude.cuh", "cache.cuh", "rope.cuh"];
     /// Softmax of rows.
-    SOFTMAX = "softmax" ["softmax", "softmax_max", "softmax_exp", "softmax_divide"] ["prelude.cuh"];
+    SOFTMAX = "softmax" ["softmax"] ["prelude.cuh"];
     /// Passes over scores.
     SCORES = "scores" ["scores"] ["prelude.cuh", "cache.cuh"];
     /// Copies of rows.

@@ -60,7 +60,7 @@ impl Norm {
     /// As [`Kernel::launch`].
     ///
     /// # Safety
-    /// x and y are [rows, E] in the planned dtype, weight is [E] f32.
+    /// x and y are [rows, E] in the planned dtype, weight is `[E]` f32.
     pub unsafe fn run(&self, x: u64, weight: u64, eps: f64, y: u64, problem: &dyn Display) -> Result<()> {
         let stride = self.hidden as i64;
         let params = NormParams {
@@ -79,15 +79,13 @@ impl Norm {
     }
 }
 
-/// Parameters of the kernels of `softmax.cu`.
+/// Parameters of `softmax`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SoftmaxParams {
     pub x: u64,
     pub y: u64,
     pub sinks: u64,
-    pub row_max: u64,
-    pub row_sum: u64,
     pub x_stride: i64,
     pub y_stride: i64,
     pub rows: i32,
