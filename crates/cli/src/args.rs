@@ -1,7 +1,7 @@
 //! What several commands take.
 
 use clap::Args;
-use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result};
+use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result, cuda};
 
 /// What a problem's line is made of, as help texts show it.
 pub const PROBLEM_HELP: &str = "\
@@ -47,7 +47,16 @@ impl Global {
 
     /// As [`Global::context`], on `isa`.
     pub fn context_on(&self, isa: Option<Isa>) -> Result<Context> {
-        Context::new(ContextOptions { device: self.device, threads: self.threads, isa })
+        let context = Context::new(ContextOptions { device: self.device, threads: self.threads, isa })?;
+        if let Some(why) = context.fallback()
+            && !self.quiet
+            && !self.json
+            && cuda::devices().is_ok()
+        {
+            // A machine without a GPU needs no word about it.
+            eprintln!("computing on the CPU: {why}");
+        }
+        Ok(context)
     }
 }
 

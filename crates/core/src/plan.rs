@@ -46,7 +46,8 @@ pub struct Projection {
 pub struct TiledAttention {
     /// Queries of one work item; 0 selects the decode kernel (one query, all heads of a group, per work item).
     pub query_tile: usize,
-    /// Rows of the cache in each part that is attended by itself; parts are merged in order. A multiple of 64.
+    /// Rows of the cache in each part that is attended by itself; parts are merged in order. A multiple of 64 on
+    /// a CPU; a GPU divides the rows that are there among as many parts.
     pub split: Option<usize>,
 }
 

@@ -101,7 +101,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     const auto head_of = [&](int r) { return g * group + (first_row + r) % group; };
     const auto part_of = [&](int r) { return ((long long)(start + token_of(r)) * p.heads + head_of(r)) * splits; };
     if (split >= used) {
-        if (!p.counters && thread < rows) p.states[part_of(thread) + split] = make_float2(NOTHING_SEEN, 0.0f);
         return;
     }
 
@@ -318,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             x[2] = fmaf(y.z, weight, x[2]);
             x[3] = fmaf(y.w, weight, x[3]);
         }
-        if (used == 1 && (splits == 1 || p.counters)) {
+        if (used == 1) {
             const int t = start + token_of(r), h = head_of(r);
             float log_sum_exp;
             const float scale = finish(top, sum, 0.0f, p.sinks ? __ldg(p.sinks + h) * LOG2E : NEG_INF, log_sum_exp);
@@ -332,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             if (c == 0) __stcg(p.states + part, make_float2(top, sum));
         }
     }
-    if (used == 1 || !p.counters) return;
+    if (used == 1) return;
 
     // The last block to arrive merges. The counter wraps to 0, ready for the next launch.
     __threadfence();

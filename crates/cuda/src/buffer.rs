@@ -238,12 +238,13 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
+        let _open = self.device.hold_open();
         self.device.bind()?;
         let from = data.as_ptr().cast();
         // SAFETY: `range` says that the destination lies in this buffer; `data` is borrowed until the copy is waited for below.
         let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes, self.device.raw_stream()) };
         check(copied, || format!("copying {} to the GPU", human(bytes as u64)))?;
-        self.device.synchronize()
+        self.device.wait()
     }
 
     /// Waits for the enqueued work and copies the start of the buffer into `data`.
@@ -264,13 +265,14 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
+        let _open = self.device.hold_open();
         self.device.bind()?;
         let to = data.as_mut_ptr().cast();
         // SAFETY: `range` says that the source lies in this buffer; `data` is borrowed exclusively until the copy is waited for below, and
         // any bytes are values of an `Element`.
         let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes, self.device.raw_stream()) };
         check(copied, || format!("copying {} from the GPU", human(bytes as u64)))?;
-        self.device.synchronize()
+        self.device.wait()
     }
 
     /// The first `len` values, copied out.
@@ -295,6 +297,7 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
+        let _open = self.device.hold_open();
         self.device.bind()?;
         // SAFETY: `range` says that both lie in their buffers, which stay until the work enqueued before their drop is done.
         let copied = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.device.raw_stream()) };
@@ -309,6 +312,7 @@ impl DeviceBuffer {
         if self.bytes == 0 {
             return Ok(());
         }
+        let _open = self.device.hold_open();
         self.device.bind()?;
         // SAFETY: the buffer has that many bytes, and stays until the work enqueued before its drop is done.
         check(unsafe { sys::cuMemsetD8Async(self.ptr, value, self.bytes, self.device.raw_stream()) }, || {
@@ -384,6 +388,7 @@ impl Staging {
         if bytes == 0 {
             return Ok(());
         }
+        let _open = self.device.hold_open();
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         let turn = turns.next;
         // An event that was never recorded counts as done.
@@ -396,7 +401,7 @@ impl Staging {
         // SAFETY: `range` says that the destination lies in `to`; the piece is not touched before the event below, and `drop` waits.
         let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(address, piece.cast(), bytes, self.device.raw_stream()) };
         check(copied, || format!("copying {} to the GPU", human(bytes as u64)))?;
-        turns.done[turn].record()?;
+        turns.done[turn].record_here()?;
         turns.next = (turn + 1) % turns.done.len();
         Ok(())
     }

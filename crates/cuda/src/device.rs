@@ -3,7 +3,7 @@
 use std::{
     ffi::{CStr, c_int, c_void},
     fmt, ptr,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -119,6 +119,8 @@ struct Inner {
     stream: CUstream,
     owns_stream: bool,
     waits_for_each_launch: bool,
+    /// Held for writing while the stream is captured, when nobody else may enqueue or wait.
+    capture: RwLock<()>,
     pool: Pool,
 }
 
@@ -170,6 +172,7 @@ impl Device {
             stream: ptr::null_mut(),
             owns_stream: false,
             waits_for_each_launch: std::env::var_os("LAWSON_CUDA_SYNC").is_some_and(|v| v != "0" && !v.is_empty()),
+            capture: RwLock::new(()),
             pool: Pool::default(),
         };
         inner.bind()?;
@@ -208,6 +211,22 @@ impl Device {
     /// # Errors
     /// [`ErrorKind::Device`] with the driver's word.
     pub fn synchronize(&self) -> Result<()> {
+        let _open = self.hold_open();
+        self.wait()
+    }
+
+    /// Keeps captures out while something is enqueued or waited for. Not to be taken twice by one thread.
+    pub(crate) fn hold_open(&self) -> RwLockReadGuard<'_, ()> {
+        self.0.capture.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps everything else out of the stream.
+    pub(crate) fn hold_closed(&self) -> RwLockWriteGuard<'_, ()> {
+        self.0.capture.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`Device::synchronize`] where the stream is open.
+    pub(crate) fn wait(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream is live as long as `self`.
         check(unsafe { sys::cuStreamSynchronize(self.0.stream) }, || format!("waiting for {}", self.0.info.name))
@@ -311,6 +330,12 @@ impl Event {
 
     /// Moves this event behind the work enqueued so far.
     pub fn record(&self) -> Result<()> {
+        let _open = self.device.hold_open();
+        self.record_here()
+    }
+
+    /// [`Event::record`] where the stream is open.
+    pub(crate) fn record_here(&self) -> Result<()> {
         self.device.bind()?;
         // SAFETY: event and stream are live and of one context.
         check(unsafe { sys::cuEventRecord(self.event, self.device.raw_stream()) }, || "recording an event".into())

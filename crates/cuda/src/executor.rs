@@ -22,6 +22,8 @@ use crate::{
 
 /// Most sequences whose lengths are sent in one piece at first; more grow the piece.
 const LENGTHS: usize = 1024;
+/// Most blocks along the second and third dimension of a grid.
+const MOST_BLOCKS: usize = 65_535;
 /// Most plans whose kernels are kept at hand.
 const KEPT: usize = 64;
 /// Most sets of RoPE frequencies that are kept on the device.
@@ -87,22 +89,11 @@ struct Lengths {
     sent: Mutex<Vec<i32>>,
 }
 
-/// A call captured as a graph, whose lengths may differ from replay to replay.
+/// A call captured as a graph, whose lengths may differ from replay to replay: [`Gpu::replay`].
 pub struct Captured {
     graph: Graph,
     lengths: Arc<Lengths>,
     _kept: Vec<Arc<DeviceBuffer>>,
-}
-
-impl Captured {
-    /// Enqueues the call for these lengths, at most those that its plan was made for.
-    ///
-    /// # Errors
-    /// `Device` with the driver's word.
-    pub fn replay(&mut self, new: &[usize], past: &[usize]) -> Result<()> {
-        self.lengths.send(new, past)?;
-        self.graph.replay()
-    }
 }
 
 /// A step that only lacks addresses.
@@ -173,13 +164,14 @@ impl<'a> Sizes<'a> {
     }
 
     fn heads(&self, from: DType, to: DType, heads: [usize; 3], rope: bool) -> heads::Shape {
+        let appends = heads[2] > 0;
         let spec = &self.plan.problem.spec;
         let rope = spec.rope.as_ref().filter(|_| rope);
         let d = spec.attention.head_dim;
         heads::Shape {
             from,
             to,
-            kv: self.plan.problem.kv_dtype,
+            kv: if appends { self.plan.problem.kv_dtype } else { to },
             head_dim: d,
             rotary_dim: rope.map_or(0, |r| r.rotary_dim(d)),
             interleaved: rope.is_some_and(|r| r.layout == RopeLayout::Interleaved),
@@ -217,7 +209,6 @@ impl<'a> Sizes<'a> {
             new: self.new,
             rows: self.rows,
             mask: p.mask.is_some(),
-            paged: false,
             decode: t.query_tile == 0,
             splits: t.split.map_or(1, |s| self.rows.div_ceil(s)),
         }
@@ -372,15 +363,27 @@ impl Gpu {
     /// # Safety
     /// As [`Gpu::run`], for every replay; the memory of `operands` outlives the graph.
     pub unsafe fn capture(&self, plan: &BlockPlan, operands: &Operands<'_>) -> Result<Captured> {
+        // Held throughout: another call's work would be captured with this one's, or change the lengths in between.
+        let state = &mut *self.state();
         // SAFETY: the caller's.
-        unsafe { self.run(plan, operands, &mut |_| Ok(()))? };
+        unsafe { self.run_locked(state, plan, operands, &mut |_| Ok(()))? };
         // SAFETY: the caller's; what the graph uses besides is kept below. Nothing is sent now, as the lengths stand there.
-        let graph = unsafe { Graph::capture(&self.device, || self.run(plan, operands, &mut |_| Ok(())))? };
-        let state = self.state();
+        let graph = unsafe { Graph::capture(&self.device, || self.run_locked(state, plan, operands, &mut |_| Ok(())))? };
         let lengths = state.lengths.clone().ok_or_else(|| missing("lengths"))?;
         let shared = [&state.workspace, &state.counters].into_iter().flatten().cloned();
         let kept = shared.chain(state.frequencies.iter().map(|f| Arc::clone(&f.1))).collect();
         Ok(Captured { graph, lengths, _kept: kept })
+    }
+
+    /// Enqueues a captured call for these lengths, at most those that its plan was made for.
+    ///
+    /// # Errors
+    /// `Device` with the driver's word.
+    pub fn replay(&self, captured: &mut Captured, new: &[usize], past: &[usize]) -> Result<()> {
+        // The workspace and the lengths are those of all calls, which follow one another whole.
+        let _state = self.state();
+        captured.lengths.send(new, past)?;
+        captured.graph.replay()
     }
 
     /// Operations per second of a large product of `dtype`: the best of several.
@@ -428,10 +431,20 @@ impl Gpu {
 
     fn prepare(&self, plan: &BlockPlan, cache: &Cache) -> Result<Arc<[Ready]>> {
         let info = self.device.info();
+        let (batch, a) = (&plan.problem.batch, &plan.problem.spec.attention);
+        // Blocks along the second and third dimension of a grid.
+        let limits = [
+            ("sequences", batch.sequences() * a.head_dim.div_ceil(256)),
+            ("key/value heads times groups of query rows", a.kv_heads * (batch.max_new().min(8) * a.group()).div_ceil(16)),
+            ("heads", a.heads + 2 * a.kv_heads),
+        ];
+        if let Some((what, n)) = limits.into_iter().find(|l| l.1 > MOST_BLOCKS) {
+            return Err(Error::invalid(format!("{}: {n} {what} are more than a GPU's {MOST_BLOCKS}", plan.problem)));
+        }
         let s = Sizes::new(plan, info.multiprocessors as usize);
         let instances: Vec<Vec<Instance>> = plan.steps().map(|step| s.instances(&step.op, &self.device)).collect();
         let mut modules = self.jit.load(&instances.concat())?.into_iter();
-        let (p, a) = (&plan.problem, &plan.problem.spec.attention);
+        let p = &plan.problem;
         let (d, e, mp) = (a.head_dim, p.spec.hidden_size, s.multiprocessors);
         let mut ready = Vec::new();
         for (step, instances) in plan.steps().zip(&instances) {
@@ -481,8 +494,18 @@ impl Gpu {
         operands: &Operands<'_>,
         monitor: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let mut state = self.state();
-        let state = &mut *state;
+        // SAFETY: the caller's.
+        unsafe { self.run_locked(&mut self.state(), plan, operands, monitor) }
+    }
+
+    /// [`Gpu::run`] for who holds the state.
+    unsafe fn run_locked(
+        &self,
+        state: &mut State,
+        plan: &BlockPlan,
+        operands: &Operands<'_>,
+        monitor: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
         let (id, layout) = (plan.id(), Cache { k: 0, v: 0, ..operands.cache });
         let ready = match state.prepared.iter().find(|p| (p.0, p.1) == (id, layout)) {
             Some((_, _, ready)) => Arc::clone(ready),
@@ -498,7 +521,9 @@ impl Gpu {
         if state.workspace.as_ref().is_none_or(|w| w.bytes() < plan.workspace_bytes) {
             // The old one goes first: both together may not fit.
             state.workspace = None;
-            state.workspace = Some(Arc::new(self.device.alloc(plan.workspace_bytes)?));
+            let workspace = self.device.alloc(plan.workspace_bytes);
+            let named = |e: Error| e.at(format!("the workspace of {} at level {}", plan.problem, plan.level));
+            state.workspace = Some(Arc::new(workspace.map_err(named)?));
         }
         let sizes = Sizes::new(plan, self.device.info().multiprocessors as usize);
         let counters = plan.steps().map(|s| if let Op::Attention(t) = &s.op { sizes.attention(t).counters() } else { 0 });
@@ -574,7 +599,8 @@ impl Lengths {
         }
         sent.clear();
         sent.extend(wanted());
-        self.staging.send(&self.buffer, 0, &sent)
+        // What did not get there must not be taken for sent.
+        self.staging.send(&self.buffer, 0, &sent).inspect_err(|_| sent.clear())
     }
 }
 

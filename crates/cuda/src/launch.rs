@@ -334,7 +334,7 @@ impl<P: KernelParams> Kernel<P> {
         let launched = unsafe { sys::cuLaunchKernelEx(&config, function.0.function, arguments.as_mut_ptr(), ptr::null_mut()) };
         check(launched, || format!("{problem}: launching {} with {launch:?}", function.0.name))?;
         if device.waits_for_each_launch() {
-            device.synchronize().map_err(|e| e.at(format_args!("{problem}: {}", function.0.name)))?;
+            device.wait().map_err(|e| e.at(format_args!("{problem}: {}", function.0.name)))?;
         }
         Ok(())
     }

@@ -85,7 +85,7 @@ impl DeviceWeights {
     pub fn new(device: &Device, spec: &BlockSpec, given: &Given<'_>, dtype: DType) -> Result<Self> {
         let (a, e) = (&spec.attention, spec.hidden_size);
         let parts = [&given.q, &given.k, &given.v];
-        // Row by row, so that no second f32 copy of a large weight exists at once.
+        // Part by part, so that the f32 copies of q, k and v do not exist at once.
         let concatenated = |scale: Option<&[f32]>| -> Result<DeviceBuffer> {
             let buffer = device.alloc(a.qkv_dim() * e * dtype.size())?;
             let mut offset = 0;

@@ -429,6 +429,9 @@ impl AttentionBlock {
         layer: usize,
         mut y: DeviceTensor,
     ) -> Result<CapturedCall> {
+        if self.inner.context.gpu().is_none() {
+            return Err(Error::new(ErrorKind::Unavailable, "only a block on a GPU can be captured"));
+        }
         if layer >= cache.layers() {
             return Err(Error::invalid(format!("layer {layer} of a cache of {} layers", cache.layers())));
         }
@@ -490,7 +493,8 @@ impl CapturedCall {
                     self.block.record(&self.x, &self.batch, &mut self.cache, self.layer, &self.y)?;
             }
         }
-        self.captured.replay(self.batch.new_tokens(), self.cache.lengths())
+        let Some(gpu) = self.block.inner.context.gpu() else { return Err(Error::invalid("a captured call needs its GPU")) };
+        gpu.replay(&mut self.captured, self.batch.new_tokens(), self.cache.lengths())
     }
 
     /// Seconds of each of `times` replays in a row, by the device's own clock.
@@ -511,29 +515,63 @@ impl CapturedCall {
     pub fn plan(&self) -> &Arc<BlockPlan> {
         &self.plan
     }
-    /// x, the cache and y, for a call that is not a replay.
-    pub fn parts(&mut self) -> (TensorRef<'_>, &mut KvCache, TensorMut<'_>) {
-        (self.x.as_ref(), &mut self.cache, self.y.as_mut())
+    /// The same call without the graph; returns the seconds of each of its steps.
+    ///
+    /// # Errors
+    /// As [`AttentionBlock::forward_timed`].
+    pub fn forward_timed(&mut self) -> Result<(Arc<BlockPlan>, Vec<f64>)> {
+        let (x, cache, y) = (self.x.as_ref(), self.cache.layer(self.layer), self.y.as_mut());
+        self.block.forward_timed(Args { x, batch: &self.batch, mask: None, cache, y })
     }
-    /// Input, for the next replay.
-    pub fn x_mut(&mut self) -> &mut DeviceTensor {
-        &mut self.x
+    /// Overwrites the input, for the next replay; enqueued behind the last one.
+    ///
+    /// # Errors
+    /// `InvalidInput` when shape or dtype differ or the tensor is not contiguous in host memory.
+    pub fn write_x(&mut self, x: &TensorRef<'_>) -> Result<()> {
+        self.x.write(x)
     }
     /// Output of the last replay.
     pub fn y(&self) -> &DeviceTensor {
         &self.y
     }
-    /// Output, to be overwritten before the next replay.
-    pub fn y_mut(&mut self) -> &mut DeviceTensor {
-        &mut self.y
+    /// Enqueues making every element of the output NaN.
+    ///
+    /// # Errors
+    /// `Device` with the driver's word.
+    pub fn poison_y(&mut self) -> Result<()> {
+        self.y.poison()
     }
-    /// The cache.
+    /// As [`KvCache::commit`] with the call's batch.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the cache has no room.
+    pub fn commit(&mut self) -> Result<()> {
+        self.cache.commit(&self.batch)
+    }
+    /// As [`KvCache::truncate`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn truncate(&mut self, b: usize, len: usize) -> Result<()> {
+        self.cache.truncate(b, len)
+    }
+    /// As [`KvCache::import`], into the call's layer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn import(&mut self, b: usize, rows: usize, k: &[f32], v: &[f32]) -> Result<()> {
+        self.cache.import(self.layer, b, rows, k, v)
+    }
+    /// The cache. It and the tensors stay where the graph finds them.
     pub fn cache(&self) -> &KvCache {
         &self.cache
     }
-    /// The cache, to commit, truncate or fill it.
-    pub fn cache_mut(&mut self) -> &mut KvCache {
-        &mut self.cache
+    /// The cache, when the graph is no longer needed.
+    pub fn into_cache(self) -> KvCache {
+        let CapturedCall { captured, cache, .. } = self;
+        // Waits for its replays.
+        drop(captured);
+        cache
     }
 }
 

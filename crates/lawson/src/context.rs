@@ -130,7 +130,7 @@ impl Context {
             Device::Cpu => (None, None),
             Device::Cuda(n) => (Some(open(n).map_err(|e| e.at(format!("device {}", options.device)))?), None),
             // An instruction set that is asked for is one of the CPU's.
-            Device::Auto if options.isa.is_some() => (None, None),
+            Device::Auto if options.isa.is_some() || std::env::var_os("LAWSON_ISA").is_some() => (None, None),
             Device::Auto => match open(0) {
                 Ok(gpu) => (Some(gpu), None),
                 Err(e) => (None, Some(e.to_string())),
@@ -180,7 +180,7 @@ impl Context {
     pub fn machine(&self) -> &MachineProfile {
         &self.0.machine
     }
-    /// The backend, for conformance.
+    /// The CPU's kernels one by one, for conformance; a GPU's run inside blocks.
     pub fn backend(&self) -> &dyn Backend {
         &self.0.cpu
     }

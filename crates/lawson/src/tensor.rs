@@ -114,6 +114,23 @@ impl DeviceTensor {
         Ok(DeviceTensor { buffer, dtype: tensor.dtype(), shape: tensor.shape().to_vec() })
     }
 
+    /// Overwrites it with `tensor`, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// `InvalidInput` when they differ or `tensor` is not contiguous in host memory.
+    pub fn write(&mut self, tensor: &TensorRef<'_>) -> Result<()> {
+        if tensor.shape() != self.shape || tensor.dtype() != self.dtype || !tensor.is_contiguous() {
+            let (dtype, shape) = (tensor.dtype(), tensor.shape());
+            return Err(Error::invalid(format!("{dtype} of {shape:?} over {} of {:?}", self.dtype, self.shape)));
+        }
+        match tensor.storage() {
+            Storage::F32(s) => self.buffer.write(s),
+            Storage::BF16(s) => self.buffer.write(s),
+            Storage::F16(s) => self.buffer.write(s),
+            _ => Err(Error::invalid("only tensors in host memory are written to a device")),
+        }
+    }
+
     /// Length of every dimension.
     pub fn shape(&self) -> &[usize] {
         &self.shape

@@ -63,8 +63,6 @@ pub struct Shape {
     pub rows: usize,
     /// Whether there is an arbitrary mask.
     pub mask: bool,
-    /// Whether the cache lies in pages.
-    pub paged: bool,
     /// Whether the decode kernel is asked for.
     pub decode: bool,
     /// Parts that keys are split into, at least 1.
@@ -215,7 +213,6 @@ impl Shape {
 
     /// The same where a block can have `shared` bytes of shared memory.
     pub(super) fn instance_for(&self, shared: u32) -> Instance {
-        let paged = i64::from(self.paged);
         if !self.fits_tensor_cores() {
             let chunked = self.spec.head_dim > 256;
             let padded = if chunked { 256 } else { self.f32_padded() };
@@ -231,7 +228,8 @@ impl Shape {
         let mut macros = vec![
             ("DTYPE", geometry::code(self.dtype)),
             ("HEAD_DIM_PADDED", self.padded() as i64),
-            ("PAGED", paged),
+            // No cache lies in pages yet.
+            ("PAGED", 0),
             ("SCORE_FEATURES", self.score_features()),
         ];
         if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
@@ -240,8 +238,9 @@ impl Shape {
             macros.extend((usual.map(|u| u.stages) != Some(own.stages)).then_some(("STAGES", own.stages as i64)));
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
-        let own = self.prefill_tiles(shared);
-        macros.extend((self.prefill_tiles(HOPPER_SHARED).stages != own.stages).then_some(("STAGES", own.stages as i64)));
+        let (own, usual) = (self.prefill_tiles(shared), self.prefill_tiles(HOPPER_SHARED));
+        macros.extend((usual.keys != own.keys).then_some(("KEYS", own.keys as i64)));
+        macros.extend((usual.stages != own.stages).then_some(("STAGES", own.stages as i64)));
         Instance::new(&ATTENTION_PREFILL, &macros)
     }
 
@@ -266,14 +265,15 @@ impl Shape {
     fn prefill_tiles(&self, shared: u32) -> PrefillTiles {
         let (p, features) = (self.padded(), self.score_features() != 0);
         let rows = if p <= 128 { 128 } else { 64 };
-        let keys = match p {
+        let usual = match p {
             ..=64 if !features => 128,
             97..=128 if features => 32,
             _ => 64,
         };
-        let bytes = |stages: usize| 2 * (p + 8) * (rows + 2 * stages * keys) + 8 * rows + 64;
-        let stages = if p <= 96 && 2 * bytes(2) <= shared as usize { 2 } else { 1 };
-        PrefillTiles { rows, stages, shared: bytes(stages) }
+        let bytes = |keys: usize, stages: usize| 2 * (p + 8) * (rows + 2 * stages * keys) + 8 * rows + 64;
+        let stages = if p <= 96 && 2 * bytes(usual, 2) <= shared as usize { 2 } else { 1 };
+        let keys = if bytes(usual, stages) <= shared as usize { usual } else { usual / 2 };
+        PrefillTiles { rows, keys, stages, shared: bytes(keys, stages) }
     }
 }
 
@@ -290,6 +290,7 @@ struct DecodeTiles {
 #[derive(Clone, Copy)]
 struct PrefillTiles {
     rows: usize,
+    keys: usize,
     stages: usize,
     /// Bytes of dynamic shared memory.
     shared: usize,
@@ -464,6 +465,28 @@ impl Attention {
                 let launch = Launch::new([(s.tokens * a.heads) as u32, 1, 1], 128).overlapping_previous();
                 // SAFETY: the caller's.
                 unsafe { merge.launch(&launch, &params, problem) }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_fit_every_gpu() {
+        for shared in [99 * 1024, 163 * 1024, 227 * 1024] {
+            for head_dim in 1..=256 {
+                for softcap in [None, lawson_core::problem::Real::new(1.0)] {
+                    let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
+                    let (dtype, kv_dtype) = (DType::BF16, DType::BF16);
+                    let (sequences, tokens, new, rows, splits) = (1, 1, 1, 1, 1);
+                    let shape = Shape { spec, dtype, kv_dtype, sequences, tokens, new, rows, mask: false, decode: true, splits };
+                    let tiles = shape.prefill_tiles(shared);
+                    assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);
+                    assert!(shape.decode_tiles(shared).is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");
+                }
             }
         }
     }

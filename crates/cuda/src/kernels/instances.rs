@@ -18,9 +18,10 @@ const NARROW: [DType; 2] = [DType::BF16, DType::F16];
 /// Widths that are multiples of 8, 4, 2 and 1.
 const WIDTHS: [usize; 4] = [64, 4, 2, 1];
 /// Dimensions of heads, one for each way in which kernels divide them.
-const HEAD_DIMS: [usize; 18] = [33, 66, 68, 100, 130, 260, 301, 514, 516, 32, 64, 80, 96, 128, 192, 256, 320, 512];
+const HEAD_DIMS: [usize; 23] =
+    [4, 33, 65, 66, 68, 100, 129, 130, 132, 258, 260, 301, 514, 516, 32, 64, 80, 96, 128, 192, 256, 320, 512];
 /// Widths of rows of scores, one for each number of accesses of a thread.
-const SCORES: [usize; 4] = [32, 4000, 6000, 400_000];
+const SCORES: [usize; 6] = [32, 4000, 6000, 10_000, 20_000, 400_000];
 
 /// Every instance that a plan for heads of up to 512 dimensions over a cache of its own dtype may ask for; others are compiled when they are
 /// needed all the same.
@@ -63,14 +64,13 @@ fn attention(all: &mut Vec<Instance>, shared: u32) {
         new,
         rows: new,
         mask: false,
-        paged: false,
         decode: false,
         splits: 1,
     };
     for head_dim in [32, 64, 80, 96, 128, 192, 256] {
         for dtype in NARROW {
-            for (decode, paged) in [(false, false), (false, true), (true, false), (true, true)] {
-                let plain = attention::Shape { decode, paged, ..shape(head_dim, dtype, 1) };
+            for decode in [false, true] {
+                let plain = attention::Shape { decode, ..shape(head_dim, dtype, 1) };
                 let mut capped = plain.clone();
                 capped.spec.softcap = Real::new(1.0);
                 all.extend([plain, capped].map(|s| s.instance_for(shared)));

@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use lawson::{AttentionBlock, BlockData, BlockPlan, BlockProblem, KvCache, Level, PreparedCall, Result, Tensor, machine::Memory};
+use lawson::{
+    AttentionBlock, BlockData, BlockPlan, BlockProblem, CapturedCall, KvCache, Level, PreparedCall, Result, Tensor,
+    machine::Memory,
+};
 use lawson_core::plan::Op;
 
 use super::{SEED, block_gpu::GraphForms};
@@ -125,8 +128,34 @@ impl Forms for BlockForms<'_> {
     }
 }
 
-/// Makes the cache that of `data`'s past, with NaN behind it: it takes whole sequences only.
-pub fn poison_cache(cache: &mut KvCache, problem: &BlockProblem, data: &BlockData) -> Result<()> {
+/// A cache of one layer, alone or in a captured call.
+pub trait Fill {
+    /// Replaces sequence `b`.
+    fn fill(&mut self, b: usize, rows: usize, k: &[f32], v: &[f32]) -> Result<()>;
+    /// Shortens sequence `b`.
+    fn shorten(&mut self, b: usize, len: usize) -> Result<()>;
+}
+
+impl Fill for KvCache {
+    fn fill(&mut self, b: usize, rows: usize, k: &[f32], v: &[f32]) -> Result<()> {
+        self.import(0, b, rows, k, v)
+    }
+    fn shorten(&mut self, b: usize, len: usize) -> Result<()> {
+        self.truncate(b, len)
+    }
+}
+
+impl Fill for CapturedCall {
+    fn fill(&mut self, b: usize, rows: usize, k: &[f32], v: &[f32]) -> Result<()> {
+        self.import(b, rows, k, v)
+    }
+    fn shorten(&mut self, b: usize, len: usize) -> Result<()> {
+        self.truncate(b, len)
+    }
+}
+
+/// Makes a cache that of `data`'s past, with NaN behind it, by `import` and `truncate`: it takes whole sequences only.
+pub fn poison_cache(cache: &mut dyn Fill, problem: &BlockProblem, data: &BlockData) -> Result<()> {
     let (batch, a) = (&problem.batch, &problem.spec.attention);
     let past_row = data.past_rows * a.head_dim;
     for (b, (&new, &past)) in batch.new_tokens().iter().zip(batch.past()).enumerate() {
@@ -138,8 +167,8 @@ pub fn poison_cache(cache: &mut KvCache, problem: &BlockProblem, data: &BlockDat
             }
             rows
         };
-        cache.import(0, b, past + new, &fill(&data.past_k), &fill(&data.past_v))?;
-        cache.truncate(b, past)?;
+        cache.fill(b, past + new, &fill(&data.past_k), &fill(&data.past_v))?;
+        cache.shorten(b, past)?;
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use lawson::{
-    Args, AttentionBlock, Batch, BlockData, BlockPlan, BlockProblem, BlockWeights, CapturedCall, DeviceTensor, KvCache, Level,
-    Result, Tensor, TensorRef,
+    AttentionBlock, Batch, BlockData, BlockPlan, BlockProblem, BlockWeights, CapturedCall, DeviceTensor, KvCache, Level, Result,
+    Tensor, TensorRef,
 };
 
 use super::block::{LevelForms, poison_cache, xy_bytes};
@@ -23,8 +23,6 @@ pub struct GraphForms<'a> {
     problem: &'a BlockProblem,
     data: &'a BlockData,
     block: AttentionBlock,
-    batch: Batch,
-    levels: Vec<AttentionBlock>,
     calls: Vec<CapturedCall>,
     reference: BlockReference<'a>,
 }
@@ -35,7 +33,6 @@ impl<'a> GraphForms<'a> {
         let context = &session.context;
         let weights = BlockWeights::from_data(&problem.spec, data)?;
         let block = AttentionBlock::builder(problem.spec.clone(), weights).dtype(problem.dtype).build(context)?;
-        let levels: Vec<_> = levels.iter().map(|&l| block.at(Some(l))).collect();
         let (batch, shape) =
             (Batch::ragged(problem.batch.new_tokens().to_vec())?, [problem.batch.tokens(), problem.spec.hidden_size]);
         let (a, rows) = (&problem.spec.attention, problem.batch.max_len());
@@ -43,13 +40,13 @@ impl<'a> GraphForms<'a> {
         let nan = inputs::nans(problem.dtype, &shape)?;
         let device = |t: &TensorRef<'_>| DeviceTensor::upload(context, t);
         let mut calls = Vec::new();
-        for level in &levels {
+        for &level in levels {
             let mut cache = KvCache::new(context, a, 1, problem.batch.sequences(), rows, problem.kv_dtype)?;
             poison_cache(&mut cache, problem, data)?;
-            calls.push(level.capture(device(&x.as_ref())?, batch.clone(), cache, 0, device(&nan.as_ref())?)?);
+            calls.push(block.at(Some(level)).capture(device(&x.as_ref())?, batch.clone(), cache, 0, device(&nan.as_ref())?)?);
         }
         let reference = BlockReference::new(problem, data, session.threads())?;
-        Ok(GraphForms { problem, data, block, batch, levels, calls, reference })
+        Ok(GraphForms { problem, data, block, calls, reference })
     }
 
     /// Bytes of weights.
@@ -63,8 +60,8 @@ impl Forms for GraphForms<'_> {
         self.calls.len()
     }
     fn poison(&mut self, i: usize, everything: bool) -> Result<()> {
-        self.calls[i].y_mut().poison()?;
-        if everything { poison_cache(self.calls[i].cache_mut(), self.problem, self.data) } else { Ok(()) }
+        self.calls[i].poison_y()?;
+        if everything { poison_cache(&mut self.calls[i], self.problem, self.data) } else { Ok(()) }
     }
     fn call(&mut self, i: usize) -> Result<f64> {
         let once = self.calls[i].replay_timed(1)?;
@@ -93,9 +90,6 @@ impl LevelForms for GraphForms<'_> {
         self.block.weight_bytes() + self.calls[0].cache().bytes() + xy_bytes(self.problem)
     }
     fn step_call(&mut self, i: usize) -> Result<Vec<f64>> {
-        let (level, call) = (&self.levels[i], &mut self.calls[i]);
-        let (x, cache, y) = call.parts();
-        let args = Args { x, batch: &self.batch, mask: None, cache: cache.layer(0), y };
-        Ok(level.forward_timed(args)?.1)
+        Ok(self.calls[i].forward_timed()?.1)
     }
 }
