@@ -16,6 +16,20 @@ pub fn describe(context: &Context) -> Machine {
     let kernel = |what: &str| fs::read_to_string(format!("/proc/sys/kernel/{what}")).ok();
     let system = kernel("ostype").unwrap_or_else(|| std::env::consts::OS.to_owned());
     let system = [system, kernel("osrelease").unwrap_or_default(), std::env::consts::ARCH.to_owned()];
+    if let Some(gpu) = context.gpu().map(|gpu| gpu.device().info()) {
+        return Machine {
+            name: gpu.name.clone(),
+            isa: context.machine().isa.clone(),
+            cores: Some(gpu.multiprocessors as usize),
+            l1_bytes: Some(gpu.shared_memory_per_multiprocessor.into()),
+            l2_bytes: Some(gpu.l2_bytes.into()),
+            memory_bytes: Some(gpu.memory_bytes),
+            os: Some(system.iter().flat_map(|part| part.split_whitespace()).collect::<Vec<_>>().join(" ")),
+            commit: Some(env!("LAWSON_COMMIT").to_owned()),
+            date: now(),
+            ..Machine::default()
+        };
+    }
     Machine {
         name: context.machine().name.clone(),
         isa: context.machine().isa.clone(),
@@ -31,8 +45,13 @@ pub fn describe(context: &Context) -> Machine {
         bandwidth_gbps: None,
         os: Some(system.iter().flat_map(|part| part.split_whitespace()).collect::<Vec<_>>().join(" ")),
         commit: Some(env!("LAWSON_COMMIT").to_owned()),
-        date: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|d| iso_8601(d.as_secs())),
+        date: now(),
     }
+}
+
+/// The date and time of day.
+fn now() -> Option<String> {
+    SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|d| iso_8601(d.as_secs()))
 }
 
 /// Physical cores, where the system tells; else what the process may use.

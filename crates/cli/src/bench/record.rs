@@ -24,17 +24,17 @@ pub struct Machine {
     pub isa: String,
     /// Instruction-set features the machine offers.
     pub isa_features: Vec<String>,
-    /// Physical cores.
+    /// Physical cores; multiprocessors of a GPU.
     pub cores: Option<usize>,
     /// Threads the run used.
     pub threads: Option<usize>,
-    /// Level-1 data cache per core, bytes.
+    /// Level-1 data cache per core, shared memory of a multiprocessor, bytes.
     pub l1_bytes: Option<u64>,
-    /// Level-2 cache per core, bytes.
+    /// Level-2 cache per core, of a whole GPU, bytes.
     pub l2_bytes: Option<u64>,
     /// Level-3 cache, bytes.
     pub l3_bytes: Option<u64>,
-    /// Main memory, bytes.
+    /// Main memory, a GPU's own, bytes.
     pub memory_bytes: Option<u64>,
     /// Measured f32 peak of all threads, GFLOP/s.
     pub peak_gflops: Option<f64>,

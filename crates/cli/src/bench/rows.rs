@@ -32,7 +32,7 @@ pub fn base(session: &Session, case: &Case, level: &str) -> Row {
         kv_heads: cached.then_some(s.kv_heads),
         head_dim: (case.study != Study::Softmax).then_some(s.head_dim),
         causal: cached.then_some(s.causal),
-        threads: Some(session.threads()),
+        threads: session.context.gpu().is_none().then(|| session.threads()),
         variant: case.variant.map(str::to_owned),
         note: (!case.notes.is_empty()).then(|| case.notes.join("; ")),
         ..Row::default()
