@@ -39,7 +39,8 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
     let context = global.context()?;
     let plan = context.plan(&problem, args.fusion.0)?;
     let compared = match args.fusion.0 {
-        None => Level::ALL.into_iter().map(|level| context.plan(&problem, Some(level))).collect::<Result<Vec<_>>>()?,
+        // A level that cannot be planned stands among what was rejected.
+        None => Level::ALL.into_iter().filter_map(|level| context.plan(&problem, Some(level)).ok()).collect(),
         Some(_) => Vec::new(),
     };
     if global.json {

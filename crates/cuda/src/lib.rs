@@ -14,6 +14,7 @@ pub mod executor;
 pub mod graph;
 pub mod kernels;
 pub mod launch;
+mod measure;
 pub mod nvrtc;
 pub mod weights;
 

@@ -128,7 +128,7 @@ impl Context {
         let cpu = Cpu::new(options.isa.map_or_else(Isa::choose, Ok)?, threads)?;
         let (gpu, fallback) = match options.device {
             Device::Cpu => (None, None),
-            Device::Cuda(n) => (Some(open(n).map_err(|e| e.at(format!("device {}", options.device)))?), None),
+            Device::Cuda(n) => (Some(open(n).map_err(|e| unavailable(e, options.device))?), None),
             // An instruction set that is asked for is one of the CPU's.
             Device::Auto if options.isa.is_some() || std::env::var_os("LAWSON_ISA").is_some() => (None, None),
             Device::Auto => match open(0) {
@@ -296,6 +296,14 @@ impl Call<'_> {
             && self.past.iter().zip(self.new).map(|(&p, &n)| planned_past(p, n)).eq(p.batch.past().iter().copied())
             && (self.mask, self.dtype, self.kv_dtype) == (p.mask, p.dtype, p.kv_dtype)
             && *self.spec == p.spec
+    }
+}
+
+/// Names the device that cannot be had, and the way around it.
+fn unavailable(e: Error, device: Device) -> Error {
+    match e.kind() {
+        ErrorKind::Unavailable => Error::new(e.kind(), format!("device {device}: {e}; device cpu needs none of it")),
+        _ => e.at(format!("device {device}")),
     }
 }
 

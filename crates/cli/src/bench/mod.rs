@@ -179,6 +179,10 @@ pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
 
 fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let shape = args.shape.shape()?;
+    if args.neighbours > 0 && args.study != Study::Kernels {
+        let study = args.study.name();
+        return Err(Error::invalid(format!("--neighbours belongs to the study kernels, not to {study}")));
+    }
     let context = global.context()?;
     check_writable(&args.out)?;
     let session = start(args, global, context, shape.is_some());
