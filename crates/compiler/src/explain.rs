@@ -9,14 +9,34 @@ fn list(operands: &[Operand]) -> String {
     if names.is_empty() { "-".into() } else { names.join(", ") }
 }
 
-/// Bytes with a binary unit.
-fn bytes(n: f64) -> String {
+/// `n` in the largest unit of which it holds one, each `step` of the one before.
+fn scaled(n: f64, step: f64, units: &[&str]) -> String {
     let (mut n, mut unit) = (n, 0);
-    while n >= 1024.0 && unit < 3 {
-        n /= 1024.0;
+    while n >= step && unit + 1 < units.len() {
+        n /= step;
         unit += 1;
     }
-    format!("{n:.1} {}", ["B", "KiB", "MiB", "GiB"][unit])
+    if unit == 0 { format!("{n:.0} {}", units[0]) } else { format!("{n:.1} {}", units[unit]) }
+}
+
+/// Bytes with a binary unit.
+pub(crate) fn bytes(n: f64) -> String {
+    scaled(n, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB"])
+}
+
+/// Floating-point operations with their unit.
+fn operations(n: f64) -> String {
+    scaled(n, 1000.0, &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"])
+}
+
+/// A time with its unit.
+pub(crate) fn time(seconds: f64) -> String {
+    if seconds < 1e-3 { format!("{:.1} µs", seconds * 1e6) } else { format!("{:.3} ms", seconds * 1e3) }
+}
+
+/// `n` of `one`.
+pub(crate) fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
 }
 
 /// The plan's steps with kernel, tiles, reads, writes, reason, predicted time and bytes, its buffers, and what was rejected.
@@ -27,13 +47,13 @@ pub fn explain(plan: &BlockPlan) -> String {
         let _ = writeln!(out, "{s}");
     };
     line(format!("{}", plan.problem));
-    line(format!("level {}, {} threads, plan {:016x}", plan.level, plan.threads, plan.id()));
+    line(format!("level {}, {}, plan {:016x}", plan.level, count(plan.threads, "thread", "threads"), plan.id()));
     line(format!(
-        "{} steps, {} GEMMs, {} launches; predicted {:.3} ms; {} of memory beyond weights, cache, x and y; {} of traffic",
+        "{} steps, {} GEMMs, {} launches; predicted {}; {} of memory beyond weights, cache, x and y; {} of traffic",
         plan.steps().count(),
         plan.gemms(),
         plan.launches(),
-        plan.seconds() * 1e3,
+        time(plan.seconds()),
         bytes(plan.peak_bytes() as f64),
         bytes(plan.traffic_bytes())
     ));
@@ -49,19 +69,24 @@ pub fn explain(plan: &BlockPlan) -> String {
                 Op::Projection(p) => format!(" row tile {}", p.row_tile),
                 Op::Attention(t) | Op::MergeSplits(t) => {
                     let split = t.split.map_or_else(|| "no split".to_string(), |s| format!("parts of {s} rows"));
-                    if t.query_tile == 0 { format!(" {split}") } else { format!(" {} queries, {split}", t.query_tile) }
+                    if t.query_tile == 0 {
+                        format!(" {split}")
+                    } else {
+                        format!(" {}, {split}", count(t.query_tile, "query", "queries"))
+                    }
                 }
                 _ => String::new(),
             };
-            line(format!("{n:>3}. {:<28} {}{}", s.op.name(), s.kernel, params));
+            line(format!("{n:>3}. {:<28} {}{}", s.op.name_in(&plan.problem.spec), s.kernel, params));
             line(format!("     reads {}; writes {}", list(&s.reads), list(&s.writes)));
-            line(format!("     predicted {:.3} ms, {:.3} GFLOP, {}", s.seconds * 1e3, s.flops / 1e9, bytes(s.bytes)));
+            line(format!("     predicted {}, {}, {}", time(s.seconds), operations(s.flops), bytes(s.bytes)));
             line(format!("     {}", s.why));
         }
     }
     line("\nworkspace:".into());
     for b in &plan.buffers {
-        line(format!("     {:<12} {:<5} {:>10} at {}", b.name.name(), b.dtype, bytes(b.bytes as f64), b.offset));
+        let (size, offset) = (bytes(b.bytes as f64), bytes(b.offset as f64));
+        line(format!("     {:<12} {:<5} {size:>10} at {offset}", b.name.name(), b.dtype));
     }
     line(format!("     {:<12} {:<5} {:>10} for each thread", "scratch", "", bytes(plan.scratch_bytes as f64)));
     if !plan.rejected.is_empty() {

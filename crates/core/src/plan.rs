@@ -6,7 +6,7 @@ use std::fmt;
 
 use crate::{
     DType,
-    problem::{BlockProblem, Level},
+    problem::{BlockProblem, BlockSpec, Level},
 };
 
 /// Which projection a GEMM step computes.
@@ -33,7 +33,7 @@ pub struct Projection {
     pub part: Part,
     /// The input norm is applied while x is packed.
     pub norm: bool,
-    /// The epilogue holds QK-norm, RoPE and the append: q goes to its buffer, k and v to the cache.
+    /// The epilogue holds QK-norm and RoPE, where the block has them, and the append: q goes to its buffer, k and v to the cache.
     pub append: bool,
     /// The epilogue adds x.
     pub residual: bool,
@@ -104,27 +104,43 @@ pub enum Op {
 }
 
 impl Op {
-    /// The name that tables show.
+    /// The name that tables show, of what the step does in a block of `spec`.
+    pub fn name_in(&self, spec: &BlockSpec) -> String {
+        let has = |parts: &[(&str, bool)]| parts.iter().filter(|p| p.1).map(|p| p.0).collect::<Vec<_>>().join(", ");
+        let rope = spec.rope.is_some();
+        match self {
+            Op::Projection(p) => {
+                has(&[(self.name(), true), ("RoPE", p.append && rope), ("append", p.append && p.part != Part::Q)])
+            }
+            Op::HeadEpilogue { norm } => has(&[
+                ("norm", *norm),
+                ("bias", spec.biases.q || spec.biases.k || spec.biases.v),
+                ("qk norm", spec.qk_norm.is_some()),
+                ("rope", rope),
+                ("append", true),
+            ]),
+            _ => self.name().to_owned(),
+        }
+    }
+
+    /// The step's name, whatever the block.
     pub fn name(&self) -> &'static str {
         match self {
             Op::InputNorm => "input norm",
-            Op::Projection(p) => match (p.part, p.append) {
-                (Part::Q, false) => "q projection",
-                (Part::Q, true) => "q projection, RoPE",
-                (Part::K, _) => "k projection",
-                (Part::V, _) => "v projection",
-                (Part::Kv, _) => "kv projection, RoPE, append",
-                (Part::Qkv, false) => "qkv projection",
-                (Part::Qkv, true) => "qkv projection, RoPE, append",
-                (Part::O, _) => "output projection",
+            Op::Projection(p) => match p.part {
+                Part::Q => "q projection",
+                Part::K => "k projection",
+                Part::V => "v projection",
+                Part::Kv => "kv projection",
+                Part::Qkv => "qkv projection",
+                Part::O => "output projection",
             },
+            Op::HeadEpilogue { .. } => "head epilogue",
             Op::QkNorm => "qk norm",
             Op::RopeTable => "rope table",
             Op::Rope => "rope",
             Op::Append => "append",
             Op::RopeAppend => "rope, append",
-            Op::HeadEpilogue { norm: false } => "bias, qk norm, rope, append",
-            Op::HeadEpilogue { norm: true } => "norm, bias, qk norm, rope, append",
             Op::Gather => "gather k, v",
             Op::TransposeQ => "transpose q",
             Op::Scores => "scores",
@@ -374,7 +390,7 @@ impl fmt::Display for BlockPlan {
                 write!(f, "each {r} rows: ")?;
             }
             for (j, s) in stage.steps.iter().enumerate() {
-                write!(f, "{}{}", if j == 0 { "" } else { " > " }, s.op.name())?;
+                write!(f, "{}{}", if j == 0 { "" } else { " > " }, s.op.name_in(&self.problem.spec))?;
             }
         }
         Ok(())

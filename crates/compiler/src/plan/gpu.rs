@@ -8,7 +8,7 @@ use lawson_core::{
     problem::Level,
 };
 
-use super::Draft;
+use super::{Draft, count};
 
 /// Most new tokens of a sequence whose attention takes the decode kernel, which reads a key once for 16 packed rows of queries.
 const DECODE_TOKENS: usize = 8;
@@ -97,13 +97,12 @@ impl Draft<'_> {
 
     fn gpu_output(&mut self, fused: bool) {
         let o = buffer(BufferName::Attention);
+        let why = self.output_epilogue(fused);
         match (self.problem.spec.residual, fused) {
-            (true, true) => {
-                self.gpu_projection(Part::O, false, true, o, Operand::Y, "bias and residual in the epilogue");
-            }
+            (true, true) => self.gpu_projection(Part::O, false, true, o, Operand::Y, &why),
             (true, false) => {
                 let projected = buffer(BufferName::Projected);
-                self.gpu_projection(Part::O, false, false, o, projected, "bias in the epilogue");
+                self.gpu_projection(Part::O, false, false, o, projected, &why);
                 self.step(
                     Op::Residual,
                     KernelOp::Norm,
@@ -112,7 +111,7 @@ impl Draft<'_> {
                     "a pass of its own at this level",
                 );
             }
-            (false, _) => self.gpu_projection(Part::O, false, false, o, Operand::Y, "bias in the epilogue"),
+            (false, _) => self.gpu_projection(Part::O, false, false, o, Operand::Y, &why),
         }
     }
 
@@ -188,11 +187,13 @@ impl Draft<'_> {
         reads.extend(self.problem.mask.map(|_| Operand::Mask));
         let o = buffer(BufferName::Attention);
         let why = match (tiled.query_tile, tiled.split) {
-            (0, None) => "few queries: heads of a group share each key".to_string(),
+            (0, None) => "few queries: a key is read once for all heads of its group".to_string(),
             (0, Some(s)) => {
-                format!("few queries: keys in parts of {s} rows fill the multiprocessors; the last block of each merges")
+                format!(
+                    "few queries: keys in parts of {s} rows fill the multiprocessors, and the last block of a head merges them"
+                )
             }
-            (n, _) => format!("{n} queries of each head of a group a tile; scores stay in registers"),
+            (n, _) => format!("each tile of keys serves {} of a head; scores stay in registers", count(n, "query", "queries")),
         };
         let parts = buffer(BufferName::Parts);
         let writes: &[Operand] = if tiled.split.is_some() { &[parts, o] } else { &[o] };

@@ -9,7 +9,10 @@ use lawson_core::{
     problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
 };
 
-use crate::Cost;
+use crate::{
+    Cost,
+    explain::{bytes, count, time},
+};
 
 /// Bytes of scratch that a backend's kernels need for one work item; the planner takes the largest that a plan uses.
 pub trait Scratch {
@@ -130,11 +133,11 @@ impl Planner<'_> {
             rejected.push(Rejected {
                 what: format!("level {}", loser.level),
                 why: format!(
-                    "predicted {:.3} ms and {} bytes of memory, against {:.3} ms and {} of {}",
-                    loser.seconds() * 1e3,
-                    loser.peak_bytes(),
-                    winner.seconds() * 1e3,
-                    winner.peak_bytes(),
+                    "predicted {} with {} of memory, against {} with {} at {}",
+                    time(loser.seconds()),
+                    bytes(loser.peak_bytes() as f64),
+                    time(winner.seconds()),
+                    bytes(winner.peak_bytes() as f64),
                     winner.level
                 ),
             });
@@ -142,6 +145,15 @@ impl Planner<'_> {
         }
         best.rejected.extend(rejected);
         Ok(best)
+    }
+}
+
+/// Those of `parts` that the block has, as words.
+fn listed(parts: &[(&str, bool)]) -> String {
+    let has: Vec<&str> = parts.iter().filter(|p| p.1).map(|p| p.0).collect();
+    match has.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => has.concat(),
     }
 }
 
@@ -400,6 +412,33 @@ impl Draft<'_> {
         self.step(Op::Projection(p), KernelOp::Gemm, &reads, writes, why);
     }
 
+    /// What the epilogue of the output projection holds.
+    fn output_epilogue(&self, residual: bool) -> String {
+        let spec = &self.problem.spec;
+        match listed(&[("bias", spec.biases.o), ("residual", residual && spec.residual)]) {
+            none if none.is_empty() => "nothing is added to the product".into(),
+            parts => format!("{parts} in the epilogue"),
+        }
+    }
+
+    /// What the projection `part` of a whole block holds beside the product.
+    fn projection_epilogue(&self, part: Part) -> String {
+        let spec = &self.problem.spec;
+        let (q, kv) = (part != Part::Kv, part != Part::Q);
+        let biases = q && spec.biases.q || kv && (spec.biases.k || spec.biases.v);
+        let parts = [
+            ("norm", spec.input_norm.is_some()),
+            ("bias", biases),
+            ("QK-norm", spec.qk_norm.is_some()),
+            ("RoPE", spec.rope.is_some()),
+            ("append", kv),
+        ];
+        match listed(&parts) {
+            none if none.is_empty() => "nothing joins the product".into(),
+            parts => format!("{parts} while the tile is warm"),
+        }
+    }
+
     /// What the projections read: x, or the normed x that this adds a step for.
     fn normed_x(&mut self) -> Operand {
         if self.problem.spec.input_norm.is_none() {
@@ -437,12 +476,13 @@ impl Draft<'_> {
 
     fn output(&mut self) {
         let attention = Operand::Buffer(BufferName::Attention);
+        let why = self.output_epilogue(false);
         if self.problem.spec.residual {
             let projected = Operand::Buffer(BufferName::Projected);
-            self.projection(Part::O, false, attention, &[projected], "bias in the epilogue");
+            self.projection(Part::O, false, attention, &[projected], &why);
             self.step(Op::Residual, KernelOp::Norm, &[projected, Operand::X], &[Operand::Y], "a pass of its own at this level");
         } else {
-            self.projection(Part::O, false, attention, &[Operand::Y], "bias in the epilogue");
+            self.projection(Part::O, false, attention, &[Operand::Y], &why);
         }
     }
 
@@ -495,21 +535,30 @@ impl Draft<'_> {
         if self.problem.mask.is_some() {
             reads.push(Operand::Mask);
         }
+        let shared = if self.problem.spec.attention.group() > 1 { "; the heads of a group share each key" } else { "" };
         let why = match (tiled.query_tile, tiled.split) {
-            (0, None) => {
-                "one query a sequence: heads of a group share each key; enough sequences and heads for all threads".to_string()
+            (0, None) => format!("one query a sequence{shared}"),
+            (0, Some(s)) => {
+                format!("one query a sequence{shared}; its keys are split into parts of {s} rows, so that all threads have work")
             }
-            (0, Some(s)) => format!("one query a sequence: keys split into parts of {s} rows so that all threads work"),
-            (n, None) => format!("{n} queries take turns at each tile of keys; scores stay in cache"),
-            (n, Some(s)) => format!("{n} queries a tile; few queries, so keys are split into parts of {s} rows"),
+            (n, None) => format!("each tile of keys serves {}; scores stay in cache", count(n, "query", "queries")),
+            (n, Some(s)) => {
+                format!(
+                    "each tile of keys serves {}; as these are few, the keys are split into parts of {s} rows",
+                    count(n, "query", "queries")
+                )
+            }
         };
         if tiled.split.is_some() {
             self.step(Op::Attention(tiled), kernel, &reads, &[parts], why);
             self.step(Op::MergeSplits(tiled), kernel, &[parts], &[o], "parts are merged in order by (m, l, acc)");
         } else {
             self.step(Op::Attention(tiled), kernel, &reads, &[o], why);
-            self.rejected
-                .push(Rejected { what: "split keys".into(), why: "there are enough queries, heads or too few rows".into() });
+            let why = match self.problem.batch.max_len() / LEAST_SPLIT {
+                0 | 1 => format!("no sequence has the {} rows that two parts would need", 2 * LEAST_SPLIT),
+                _ => "queries and heads are work enough for all threads".into(),
+            };
+            self.rejected.push(Rejected { what: "splitting the keys".into(), why });
         }
     }
 
@@ -539,21 +588,17 @@ impl Draft<'_> {
         self.begin(block);
         self.rope_table();
         if ahead {
-            self.projection(Part::Kv, true, Operand::X, &[Operand::Cache], "not causal: all keys come before the first query");
+            let why = format!("not causal: all keys come before the first query; {}", self.projection_epilogue(Part::Kv));
+            self.projection(Part::Kv, true, Operand::X, &[Operand::Cache], &why);
             self.begin(block);
             self.rope_table();
-            self.projection(Part::Q, true, Operand::X, &[q], "norm, bias, QK-norm and RoPE while the tile is warm");
+            self.projection(Part::Q, true, Operand::X, &[q], &self.projection_epilogue(Part::Q));
         } else {
-            self.projection(
-                Part::Qkv,
-                true,
-                Operand::X,
-                &[q, Operand::Cache],
-                "norm, bias, QK-norm, RoPE and append while the tile is warm",
-            );
+            let why = self.projection_epilogue(Part::Qkv);
+            self.projection(Part::Qkv, true, Operand::X, &[q, Operand::Cache], &why);
         }
         self.attention();
-        self.projection(Part::O, true, o, &[Operand::Y], "bias and residual in the epilogue");
+        self.projection(Part::O, true, o, &[Operand::Y], &self.output_epilogue(true));
         if block.is_none() {
             self.rejected.push(Rejected {
                 what: format!("row blocks of {most}"),

@@ -158,8 +158,10 @@ fn malformed(token: &str, accepted: &str) -> Error {
 
 fn integer(token: &str, text: &str) -> Result<usize> {
     let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    let value = if digits { text.parse().ok() } else { None };
-    value.ok_or_else(|| malformed(token, &format!("whole numbers of at most {} where it has {}", usize::MAX, quote(text))))
+    if !digits {
+        return Err(malformed(token, &format!("whole numbers, 0 or greater, where it has {}", quote(text))));
+    }
+    text.parse().map_err(|_| Error::invalid(format!("the number in token {} is too large", quote(token))))
 }
 
 fn real(token: &str, text: &str) -> Result<Real> {
@@ -183,6 +185,14 @@ fn set<T>(slot: &mut Option<T>, token: &str, value: T) -> Result<()> {
     match slot.replace(value) {
         None => Ok(()),
         Some(_) => Err(Error::invalid(format!("token {} repeats an earlier one; each is accepted once", quote(token)))),
+    }
+}
+
+/// As [`set`], where `choices` exclude one another.
+fn choose<T>(slot: &mut Option<T>, token: &str, value: T, choices: &str) -> Result<()> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(Error::invalid(format!("token {} is a second choice; accepted: one of {choices}", quote(token)))),
     }
 }
 
@@ -219,7 +229,7 @@ impl Fields {
             Some(word) if word == kind => {}
             word => {
                 let found = word.map_or("nothing".into(), quote);
-                return Err(Error::invalid(format!("a problem of this kind starts with '{kind}', found {found}")));
+                return Err(Error::invalid(format!("the line of a {kind} problem starts with the word '{kind}', found {found}")));
             }
         }
         let mut fields = Fields::default();
@@ -244,7 +254,7 @@ impl Fields {
                 set(&mut self.heads, token, (integer(token, heads)?, integer(token, kv_heads)?))
             }
             "d=" => set(&mut self.d, token, integer(token, value)?),
-            "causal" | "full" => set(&mut self.causal, token, name == "causal"),
+            "causal" | "full" => choose(&mut self.causal, token, name == "causal", "causal, full"),
             "window=" => set(&mut self.window, token, integer(token, value)?),
             "scale=" => set(&mut self.scale, token, real(token, value)?),
             "softcap=" => set(&mut self.softcap, token, real(token, value)?),
@@ -266,7 +276,7 @@ impl Fields {
             "bias=" => set(&mut self.biases, token, biases(token, value)?),
             "rope=" => set(&mut self.rope, token, value.parse().map_err(|e: Error| e.at("rope"))?),
             "kv=" => set(&mut self.kv, token, value.parse().map_err(|e: Error| e.at(quote(token)))?),
-            _ => set(&mut self.dtype, token, name.parse()?),
+            _ => choose(&mut self.dtype, token, name.parse()?, "f32, bf16, f16"),
         }
     }
 
@@ -381,7 +391,10 @@ impl FromStr for RopeSpec {
         let layout = match items.next() {
             Some("half") => RopeLayout::Half,
             Some("interleaved") => RopeLayout::Interleaved,
-            other => return Err(malformed(other.unwrap_or(""), "a layout first: half, interleaved")),
+            other => {
+                let accepted = "half or interleaved first, then options behind commas, as in rope=half,theta=500000";
+                return Err(malformed(other.unwrap_or(""), accepted));
+            }
         };
         let (mut theta, mut rotary_dim, mut scaling) = (None, None, None);
         for item in items {
@@ -452,7 +465,7 @@ fn parse_scaling(item: &str) -> Result<RopeScaling> {
         }
         _ => Err(malformed(
             item,
-            "theta=, dim=, linear:FACTOR, dynamic:FACTOR:ORIGINAL, llama3:FACTOR:LOW:HIGH:ORIGINAL, yarn:FACTOR:ORIGINAL with \
+            "theta=X, dim=N, linear:FACTOR, dynamic:FACTOR:ORIGINAL, llama3:FACTOR:LOW:HIGH:ORIGINAL, yarn:FACTOR:ORIGINAL with \
              options, longrope:SHORT/…:LONG/…:ORIGINAL with options",
         )),
     }
