@@ -67,7 +67,11 @@ const CANDIDATES: usize = 8;
 const WORKSPACE_HOPPER: usize = 32 << 20;
 const WORKSPACE_BEFORE: usize = 4 << 20;
 
-fn load() -> Result<()> {
+/// Loads the library, once.
+///
+/// # Errors
+/// [`ErrorKind::Unavailable`] when it is not installed.
+pub(crate) fn load() -> Result<()> {
     static LIBRARY: std::sync::OnceLock<Result<Library>> = std::sync::OnceLock::new();
     // Kept open so that the bindings find it; never unloaded.
     LIBRARY.get_or_init(|| CUBLASLT.open()).as_ref().map(|_| ()).map_err(Clone::clone)

@@ -137,6 +137,11 @@ pub(crate) fn load() -> Result<()> {
     driver().map(|_| ())
 }
 
+/// Whether a driver is installed, whatever it shows.
+pub(crate) fn is_installed() -> bool {
+    DRIVER.open().is_ok()
+}
+
 /// Milliseconds between two recorded events.
 ///
 /// # Safety

@@ -25,3 +25,14 @@ pub use executor::Gpu;
 pub use graph::Graph;
 pub use launch::{Function, Kernel, KernelParams, Launch};
 pub use nvrtc::{Instance, Nvrtc, Source};
+
+/// Whether an NVIDIA driver is installed, whatever GPUs it shows.
+pub fn has_driver() -> bool {
+    driver::is_installed()
+}
+
+/// Every library of NVIDIA's that blocks on a GPU need and this machine lacks, each with where to get it.
+pub fn missing_libraries() -> Vec<lawson_core::Error> {
+    let loaded = [driver::load(), Nvrtc::load().map(|_| ()), blas::load()];
+    loaded.into_iter().filter_map(Result::err).collect()
+}

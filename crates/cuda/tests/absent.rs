@@ -1,7 +1,7 @@
 //! What a machine without a driver, NVRTC or cuBLASLt gets: a value. On one that has them the same calls succeed.
 
 use lawson_core::{ErrorKind, Result};
-use lawson_cuda::{Device, Nvrtc, devices};
+use lawson_cuda::{Device, Nvrtc, devices, has_driver, missing_libraries};
 
 fn check<T>(result: Result<T>, words: &[&str]) {
     let Err(error) = result else { return };
@@ -30,4 +30,14 @@ fn a_gpu_that_is_not_there_is_unavailable() {
 #[test]
 fn without_nvrtc_the_error_says_where_it_comes_from() {
     check(Nvrtc::load().map(|_| ()), &["pip install nvidia-cuda-nvrtc"]);
+}
+
+#[test]
+fn every_missing_library_is_named_with_where_to_get_it() {
+    let missing: Vec<String> = missing_libraries().iter().map(ToString::to_string).collect();
+    for (here, sign) in [(has_driver() && devices().is_ok(), "driver"), (Nvrtc::load().is_ok(), "pip install nvidia-cuda-nvrtc")]
+    {
+        assert_eq!(missing.iter().any(|text| text.contains(sign)), !here, "{missing:?}");
+    }
+    assert!(missing.len() <= 3, "{missing:?}");
 }
