@@ -225,6 +225,23 @@ pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     table
 }
 
+/// What `maximal` pays for working in row blocks, where it does.
+fn row_blocks(configs: &[Config<'_>]) -> Option<String> {
+    let more = |get: fn(&Row) -> Option<u64>| {
+        let of = |c: &Config<'_>, level: &str| c.rows.iter().find(|r| r.level == level).and_then(|r| get(r));
+        configs.iter().any(|c| of(c, "moderate").zip(of(c, "maximal")).is_some_and(|(moderate, maximal)| maximal > moderate))
+    };
+    let launches = more(|r| r.launches.map(|n| n as u64));
+    let costs = match (launches, launches && more(|r| r.traffic_bytes)) {
+        (false, _) => return None,
+        (true, false) => "it has more launches than moderate",
+        (true, true) => {
+            "it has more launches than moderate and, as each block reads all weights again, more traffic in long calls"
+        }
+    };
+    Some(format!("maximal works through the tokens block by block: {costs}, but it needs less memory."))
+}
+
 /// The levels of the block side by side.
 pub fn block(run: &Run<'_>) -> Section {
     let rows = run.of("block");
@@ -247,11 +264,7 @@ pub fn block(run: &Run<'_>) -> Section {
             text: "Every level computes the same block; peak memory is that of one call above what was resident before it."
                 .to_owned(),
         });
-        let launches = |c: &Config<'_>, level: &str| c.rows.iter().find(|r| r.level == level).and_then(|r| r.launches);
-        if configs.iter().any(|c| launches(c, "moderate").zip(launches(c, "maximal")).is_some_and(|(a, b)| b > a)) {
-            let text = "maximal works through the tokens block by block, so it has more launches than moderate, and less memory.";
-            blocks.push(Block::Text { text: text.to_owned() });
-        }
+        blocks.extend(row_blocks(&configs).map(|text| Block::Text { text }));
         if !figures.is_empty() {
             blocks.push(Block::Figures { items: figures });
         }
@@ -609,6 +622,11 @@ pub fn errors(run: &Run<'_>) -> Section {
     Section { id: "errors", title: "Errors against the float64 reference", sub: false, blocks }
 }
 
+/// What remarks on sizes refer to.
+const ARTICLE: &str = "“The article” in remarks is 计算融合优化：从理论到实践的性能飞跃 (Optimising by computation fusion: a leap in performance from \
+    theory to practice), from which Lawson grew; the sizes called small, medium and large, and those that bench --preset article \
+    measures, are its.";
+
 /// How the figures came about.
 pub fn method(run: &Run<'_>) -> Section {
     let rows = &run.results.results;
@@ -635,6 +653,9 @@ pub fn method(run: &Run<'_>) -> Section {
             .to_owned(),
         "Larger shapes are verified on a seeded sample of k and v and on whole rows of y; smaller ones completely.".to_owned(),
     ];
+    if rows.iter().any(|r| r.note.as_deref().is_some_and(|note| note.contains("the article"))) {
+        texts.push(ARTICLE.to_owned());
+    }
     let absent: Vec<String> = run
         .peers
         .iter()

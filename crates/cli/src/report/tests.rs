@@ -242,3 +242,24 @@ fn numbers_read_well() {
     assert_eq!(format::change(1.08, "less", "more", "memory"), "8 % more memory");
     assert_eq!(format::times(389.0, 433.0), "389 – 433 ms");
 }
+
+#[test]
+fn what_row_blocks_cost_is_said_where_they_do() {
+    let mut results = sample::full();
+    assert!(!checked(&results).contains("block by block"));
+    let maximal = |results: &mut Results, change: fn(&mut Row)| {
+        results.results.iter_mut().filter(|r| r.level == "maximal").for_each(change);
+    };
+    maximal(&mut results, |r| r.launches = Some(12));
+    assert!(checked(&results).contains("block by block: it has more launches than moderate, but it needs less memory"));
+    maximal(&mut results, |r| r.traffic_bytes = r.traffic_bytes.map(|n| 8 * n));
+    assert!(checked(&results).contains("as each block reads all weights again, more traffic in long calls"));
+}
+
+#[test]
+fn the_article_is_named_where_remarks_refer_to_it() {
+    let mut results = sample::full();
+    assert!(!checked(&results).contains("计算融合优化"));
+    results.results[0].note = Some("the article's small model at batch 1 instead of 16".to_owned());
+    assert!(checked(&results).contains("计算融合优化：从理论到实践的性能飞跃 (Optimising by computation fusion"));
+}
