@@ -1,25 +1,30 @@
 //! What several commands take.
 
+use std::str::FromStr;
+
 use clap::Args;
 use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result, cuda};
 
 /// What a problem's line is made of, as help texts show it.
 pub const PROBLEM_HELP: &str = "\
 A problem is the word block and then, each at most once:
-  b=1            sequences (not needed where s= or past= lists one number for each)
-  s=128          new tokens of each sequence; s=3,5 gives each its own (explain only)
-  past=256       rows in the cache before the call, or one number for each sequence [default: 0]
+  b=1            sequences [default: as many as s= or past= lists]
+  s=128          new tokens of each sequence, or s=3,5 (explain only)
+  past=256       rows in the cache before the call, or past=2,4 [default: 0]
   e=4096         hidden size
   h=32/8         query heads / key-value heads, or h=32 when they are as many
   d=128          head dimension [default: e over the query heads]
   causal | full  whether a token sees only those before it [default: causal]
   window=W scale=X softcap=X sinks alibi
-  mask | mask=b | mask=h | mask=bh   one mask, or one for each sequence, head or both
+  mask | mask=b | mask=h | mask=bh
+                 one mask, or one for each sequence, head or both
   qk_norm=1e-6 input_norm=1e-6 residual
   bias=qkvo      any of the letters q, k, v, o
-  rope=half | rope=interleaved   then ,theta=10000 ,dim=64 and one of ,linear: ,dynamic: ,llama3: ,yarn: ,longrope:
-  f32 | bf16 | f16       compute dtype [default: f32]
-  kv=f32 | kv=bf16 | kv=f16   dtype of the cache [default: the compute dtype]";
+  rope=half | rope=interleaved
+                 then ,theta=10000 ,dim=64 and one scaling, such as ,linear:2
+  f32 | bf16 | f16
+                 compute dtype [default: f32]
+  kv=bf16        dtype of the cache [default: the compute dtype]";
 
 /// Flags of every command.
 #[derive(Args, Clone, Copy, Debug)]
@@ -29,7 +34,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
     pub device: Device,
     /// CPU threads [default: as many as the process may use]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = threads, allow_negative_numbers = true)]
     pub threads: Option<usize>,
     /// Show no progress on stderr
     #[arg(long, global = true)]
@@ -50,14 +55,34 @@ impl Global {
         let context = Context::new(ContextOptions { device: self.device, threads: self.threads, isa })?;
         if let Some(why) = context.fallback()
             && !self.quiet
-            && !self.json
-            && cuda::devices().is_ok()
+            && cuda::has_driver()
         {
-            // A machine without a GPU needs no word about it.
-            eprintln!("computing on the CPU: {why}");
+            // On a machine without a driver the CPU is what anybody expects; `devices` tells of it.
+            eprintln!("computing on the CPU, as no GPU can be used: {why}");
         }
         Ok(context)
     }
+}
+
+/// What `context` computes on, in words.
+pub fn computes_on(context: &Context) -> String {
+    match context.gpu() {
+        Some(gpu) => format!("{} ({})", context.device(), gpu.device().info().name),
+        None => {
+            let threads = if context.threads() == 1 { "1 thread".into() } else { format!("{} threads", context.threads()) };
+            format!("cpu ({}, {threads})", context.isa())
+        }
+    }
+}
+
+/// Reads a number of threads, whose range is the context's to check.
+fn threads(s: &str) -> Result<usize, String> {
+    s.parse().map_err(|_| "accepted: 1 to 1024".to_string())
+}
+
+/// Reads a whole number.
+pub fn whole<T: FromStr>(s: &str) -> Result<T, String> {
+    s.parse().map_err(|_| "accepted: whole numbers, 0 or greater".to_string())
 }
 
 /// A choice that may be left to the program.

@@ -13,13 +13,14 @@ use serde_json::json;
 use crate::{EXIT_FAILED, args::Global, output, signals};
 
 const AFTER_HELP: &str = "\
-Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU; --device cpu or cuda checks one of the two.
+Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU;
+--device cpu or --device cuda checks one of the two.
 
 Examples:
   lawson check --quick
   lawson check --json";
 
-/// Check every kernel and every level of the block on every instruction set and the GPU of this machine against a float64 reference
+/// Check every kernel and level of the block on this machine against a float64 reference
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct CheckArgs {

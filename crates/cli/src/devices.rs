@@ -1,6 +1,6 @@
 //! `lawson devices`: what this machine has and what can run on it.
 
-use std::{fmt::Write, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::Args;
 use lawson::{Context, ContextOptions, DType, Device, Isa, Result, cuda, machine};
@@ -10,7 +10,7 @@ use crate::{args::Global, output, signals};
 
 const AFTER_HELP: &str = "Example:\n  lawson devices --threads 4 --json";
 
-/// Show what this machine has: instruction sets, caches, cores, measured peak and bandwidth, GPUs, and which backends can run
+/// Show what this machine has, measured, and what can run on it
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct DevicesArgs {}
@@ -19,6 +19,8 @@ pub struct DevicesArgs {}
 struct Devices {
     cpu: Processor,
     cuda: Gpus,
+    /// What `--device auto` takes.
+    auto: String,
 }
 
 /// The GPUs, or why none can run.
@@ -27,6 +29,8 @@ struct Gpus {
     can_run: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
+    /// Each library that is missing, with where to get it.
+    missing: Vec<String>,
     devices: Vec<GpuFacts>,
 }
 
@@ -71,7 +75,9 @@ pub fn execute(_: &DevicesArgs, global: &Global) -> Result<ExitCode> {
         global.context()?;
     }
     let on_cpu = Global { device: Device::Cpu, ..*global };
-    let devices = Devices { cpu: processor(&on_cpu.context()?, &on_cpu)?, cuda: gpus() };
+    let (cpu, cuda) = (processor(&on_cpu.context()?, &on_cpu)?, gpus());
+    let auto = Context::new(ContextOptions { device: Device::Auto, threads: Some(1), isa: None })?.device().to_string();
+    let devices = Devices { cpu, cuda, auto };
     if global.json {
         output::print_json(&devices)?
     } else {
@@ -82,9 +88,10 @@ pub fn execute(_: &DevicesArgs, global: &Global) -> Result<ExitCode> {
 
 /// What the driver shows, and whether blocks can run on it.
 fn gpus() -> Gpus {
+    let missing = cuda::missing_libraries().iter().map(ToString::to_string).collect();
     let found = match cuda::devices() {
         Ok(found) => found,
-        Err(e) => return Gpus { can_run: false, why: Some(e.to_string()), devices: Vec::new() },
+        Err(e) => return Gpus { can_run: false, why: Some(e.to_string()), missing, devices: Vec::new() },
     };
     let opened = Context::new(ContextOptions { device: Device::Cuda(0), threads: Some(1), isa: None });
     let facts = |d: &cuda::DeviceInfo| GpuFacts {
@@ -96,7 +103,8 @@ fn gpus() -> Gpus {
         l2_bytes: d.l2_bytes,
         driver: format!("CUDA {}.{}", d.driver_version.0, d.driver_version.1),
     };
-    Gpus { can_run: opened.is_ok(), why: opened.err().map(|e| e.to_string()), devices: found.iter().map(facts).collect() }
+    let why = opened.as_ref().err().map(ToString::to_string);
+    Gpus { can_run: opened.is_ok(), why, missing, devices: found.iter().map(facts).collect() }
 }
 
 fn processor(context: &Context, global: &Global) -> Result<Processor> {
@@ -142,7 +150,6 @@ impl Devices {
         let list = |names: &[&str]| if names.is_empty() { "none".to_string() } else { names.join(", ") };
         let size = |n: Option<usize>| n.map_or_else(|| "unknown".to_string(), output::bytes);
         let (l1, l2, l3) = (size(cpu.l1_bytes), size(cpu.l2_bytes), size(cpu.l3_bytes));
-        let mut text = format!("cpu: can run\n  {:<18}{}\n", "processor", cpu.name);
         let rows = [
             ("instruction set", format!("{} in use; available: {}", cpu.isa, list(&cpu.isa_available))),
             ("lacks", list(&cpu.isa_missing)),
@@ -154,23 +161,21 @@ impl Devices {
             ("bf16 peak", format!("{:.0} GFLOP/s (measured)", cpu.bf16_peak_gflops)),
             ("bandwidth", format!("{:.1} GB/s (measured)", cpu.bandwidth_gbps)),
         ];
-        for (name, value) in rows {
-            // Writing to a String cannot fail.
-            let _ = writeln!(text, "  {name:<18}{value}");
-        }
-        text += if cuda.can_run { "cuda: can run" } else { "cuda: cannot run" };
-        if let Some(why) = &cuda.why {
-            let _ = write!(text, "\n  {:<18}{why}", "why");
-        }
-        for gpu in &cuda.devices {
+        let mut lines = vec!["cpu: can run".to_string(), output::fact("processor", &cpu.name)];
+        lines.extend(rows.iter().map(|(name, value)| output::fact(name, value)));
+        lines.push(if cuda.can_run { "cuda: can run" } else { "cuda: cannot run" }.into());
+        lines.extend(cuda.missing.iter().map(|library| output::fact("missing", library)));
+        lines.extend(cuda.why.iter().filter(|_| cuda.missing.is_empty()).map(|why| output::fact("why", why)));
+        lines.extend(cuda.devices.iter().map(|gpu| {
             let memory = output::bytes(gpu.memory_bytes as usize);
             let (name, capability, driver) = (&gpu.name, &gpu.compute_capability, &gpu.driver);
-            let _ = write!(
-                text,
-                "\n  {:<18}{name}, compute capability {capability}, {memory}, {} multiprocessors, driver of {driver}",
-                gpu.device, gpu.multiprocessors
+            let multiprocessors = gpu.multiprocessors;
+            let facts = format!(
+                "{name}, compute capability {capability}, {memory}, {multiprocessors} multiprocessors, driver of {driver}"
             );
-        }
-        text
+            output::fact(&gpu.device, &facts)
+        }));
+        lines.push(format!("auto: computes on {}", self.auto));
+        lines.join("\n")
     }
 }

@@ -14,10 +14,10 @@ use crate::{
 
 const AFTER_HELP: &str = "\
 Examples:
-  lawson explain 'block b=1 s=2048 e=4096 h=32/8 d=128 causal rope=half bf16'
-  lawson explain 'block b=8 s=1 past=4096 e=4096 h=32/8 d=128 causal rope=half bf16 kv=f16' --fusion maximal --json";
+  lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
+  lawson explain 'block b=8 s=1 past=4096 e=4096 h=32' --fusion maximal --json";
 
-/// Show the plan of a problem: each step's kernel, tiles, reads, writes, reason, predicted time and bytes, and what was rejected
+/// Show how a problem would be computed, step by step, and why
 #[derive(Args, Debug)]
 #[command(after_help = format!("{}\n\n{AFTER_HELP}", args::PROBLEM_HELP))]
 pub struct ExplainArgs {
@@ -58,14 +58,15 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
     }
     text += &lawson::explain(&plan);
     if !compared.is_empty() {
-        let head = ["level", "predicted time", "memory", "traffic", "steps", "GEMMs", "launches"];
+        let head = vec!["level", "predicted time", "memory", "traffic", "steps", "GEMMs", "launches"];
         let rows = compared.iter().map(|p| {
             let name = if p.level == plan.level { format!("{} (chosen)", p.level) } else { p.level.to_string() };
             let (memory, traffic) = (output::bytes(p.peak_bytes()), output::bytes(p.traffic_bytes() as usize));
             let counts = [p.steps().count(), p.gemms(), p.launches()].map(|n| n.to_string());
             [vec![name, output::seconds(p.seconds()), memory, traffic], counts.to_vec()].concat()
         });
-        text += &format!("\n{}", output::table(&head, rows));
+        let grid = output::Grid { head, rows: rows.collect() };
+        text += &format!("\n{}", grid.text(&["GEMMs", "steps", "launches", "traffic"]));
     }
     output::print(text)?;
     Ok(ExitCode::SUCCESS)
@@ -94,7 +95,7 @@ fn plan_json(plan: &BlockPlan) -> Value {
                 _ => (None, None, None),
             };
             json!({
-                "op": s.op.name(),
+                "op": s.op.name_in(&plan.problem.spec),
                 "kernel": s.kernel,
                 "row_tile": row_tile,
                 "query_tile": query_tile,

@@ -15,7 +15,7 @@ mod signals;
 use std::{process::ExitCode, sync::OnceLock};
 
 use args::Global;
-use clap::{Parser, Subcommand, error::ErrorKind as Usage};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind as Usage};
 use lawson::{Error, ErrorKind, Isa, Result};
 
 const EXIT_FAILED: u8 = 1;
@@ -24,9 +24,9 @@ const EXIT_USAGE: u8 = 2;
 const AFTER_HELP: &str = "\
 Examples:
   lawson bench
-  lawson run --problem 'block b=1 s=128 e=512 h=8/2 d=64 causal rope=half f32' --write case
-  lawson run --block case/block.json --tensors case/in.safetensors --out out.safetensors
-  lawson explain 'block b=1 s=2048 e=4096 h=32/8 d=128 causal rope=half bf16'
+  lawson run --problem 'block b=1 s=128 e=512 h=8/2 rope=half' --write case
+  lawson run --block case/block.json --tensors case/in.safetensors --out y.safetensors
+  lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
 
 Exit codes: 0 done; 1 the machine or a verification failed; 2 bad usage or bad input; 130 interrupted.
 The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx512, avx512_bf16 or amx.";
@@ -93,10 +93,28 @@ fn usage(e: &clap::Error) -> ExitCode {
         return if e.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
     }
     let text = e.render().to_string();
-    let said = text.split("\n\n").filter(|part| !part.starts_with("Usage:") && !part.starts_with("For more"));
-    let words: Vec<_> = said.flat_map(str::split_whitespace).collect();
-    eprintln!("{}; see --help", words.join(" "));
+    // A negative number is never meant as an argument behind `--`, which is what that tip is about.
+    let beside = ["Usage:", "For more", "tip: to pass"];
+    let said = text.split("\n\n").map(str::trim).filter(|part| !beside.iter().any(|b| part.starts_with(b)));
+    let missing = e.kind() == Usage::MissingRequiredArgument;
+    let mut sentences: Vec<String> = said.map(|part| one_line(part.trim_start_matches("tip: "), missing)).collect();
+    if e.kind() == Usage::InvalidSubcommand {
+        let command = Cli::command();
+        let names: Vec<_> = command.get_subcommands().filter(|c| !c.is_hide_set()).map(clap::Command::get_name).collect();
+        sentences.truncate(1);
+        sentences.push(format!("accepted: {}", names.join(", ")));
+    }
+    eprintln!("{}; see --help", sentences.join("; "));
     ExitCode::from(EXIT_USAGE)
+}
+
+/// A paragraph of clap's as one line; behind its first line stands a list, when `list`.
+fn one_line(paragraph: &str, list: bool) -> String {
+    let lines: Vec<String> = paragraph.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    match lines.split_first() {
+        Some((first, rest)) if list && !rest.is_empty() => format!("{first} {}", rest.join(", ")),
+        _ => lines.join(" "),
+    }
 }
 
 fn failed(e: &Error) -> ExitCode {

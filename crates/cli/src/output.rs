@@ -23,14 +23,82 @@ pub fn progress(len: usize, what: &str, global: &Global) -> ProgressBar {
     bar
 }
 
-/// A table whose first column stands left and whose others stand right.
-pub fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(head.iter().copied()).add_rows(rows);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
+/// Columns of text where stdout is no terminal and nothing says how many there are.
+const WIDTH: usize = 120;
+
+/// Columns of text that there are: what the variable COLUMNS says, else the terminal's, else [`WIDTH`].
+fn width() -> usize {
+    let said = std::env::var("COLUMNS").ok().and_then(|n| n.parse().ok()).filter(|&n| n > 0);
+    said.or_else(|| Table::new().width().map(usize::from)).unwrap_or(WIDTH)
+}
+
+/// Whether `text`, whose lines are of one length, fits beside nothing else.
+fn fits(text: &str) -> bool {
+    text.lines().next().is_none_or(|line| line.chars().count() <= width())
+}
+
+/// Rows under a head; the first column stands left, the others stand right.
+pub struct Grid<'a> {
+    /// A title for each column.
+    pub head: Vec<&'a str>,
+    /// As many cells each.
+    pub rows: Vec<Vec<String>>,
+}
+
+impl Grid<'_> {
+    fn draw(&self, shown: &[usize]) -> String {
+        let mut table = Table::new();
+        let cells = |row: &Vec<String>| shown.iter().map(|&i| row[i].clone()).collect::<Vec<_>>();
+        table.load_style(presets::UTF8_FULL_CONDENSED).set_header(shown.iter().map(|&i| self.head[i]));
+        table.add_rows(self.rows.iter().map(cells));
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table.to_string()
     }
-    table
+
+    /// Whether the whole table fits.
+    pub fn fits(&self) -> bool {
+        fits(&self.draw(&(0..self.head.len()).collect::<Vec<_>>()))
+    }
+
+    /// The table, without as many of the columns `least`, in that order, as it takes to fit; a line below names those.
+    pub fn text(&self, least: &[&str]) -> String {
+        let mut shown: Vec<usize> = (0..self.head.len()).collect();
+        let mut out: Vec<&str> = Vec::new();
+        let mut text = self.draw(&shown);
+        for title in least.iter().filter(|title| self.head.contains(title)) {
+            if fits(&text) {
+                break;
+            }
+            shown.retain(|&i| self.head[i] != *title);
+            out.push(title);
+            text = self.draw(&shown);
+        }
+        if !out.is_empty() {
+            text += &format!("\nleft out to fit {} columns of text: {}; COLUMNS=200 makes room", width(), out.join(", "));
+        }
+        text
+    }
+}
+
+/// A name and what is said of it, in as many lines as it takes.
+pub fn fact(name: &str, value: &str) -> String {
+    const INDENT: usize = 20;
+    let (mut text, mut column) = (format!("  {name:<18}"), INDENT);
+    for (i, word) in value.split(' ').enumerate() {
+        let len = word.chars().count();
+        if i > 0 && column + 1 + len > width() {
+            text += &format!("\n{:INDENT$}", "");
+            column = INDENT;
+        } else if i > 0 {
+            text.push(' ');
+            column += 1;
+        }
+        text += word;
+        column += len;
+    }
+    text
 }
 
 /// Bytes with a binary unit.
@@ -50,6 +118,15 @@ pub fn seconds(s: f64) -> String {
         s if s < 1e-3 => format!("{:.1} µs", s * 1e6),
         s if s < 1.0 => format!("{:.3} ms", s * 1e3),
         s => format!("{s:.2} s"),
+    }
+}
+
+/// Two times in the unit of the second.
+pub fn seconds_between(low: f64, high: f64) -> String {
+    match high {
+        h if h < 1e-3 => format!("{:.1} – {:.1} µs", low * 1e6, h * 1e6),
+        h if h < 1.0 => format!("{:.3} – {:.3} ms", low * 1e3, h * 1e3),
+        h => format!("{low:.2} – {h:.2} s"),
     }
 }
 

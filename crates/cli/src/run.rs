@@ -25,12 +25,12 @@ use crate::{
 
 const AFTER_HELP: &str = "\
 Examples:
-  lawson run --block block.json --tensors in.safetensors --out out.safetensors
-  lawson run --checkpoint Llama-3.2-1B --layer 3 --with-norm --tensors x.safetensors --out out.safetensors
-  lawson run --problem 'block b=2 s=64 past=256 e=512 h=8/2 d=64 causal rope=half bf16' --seed 7 --write case
+  lawson run --block block.json --tensors in.safetensors --out y.safetensors
+  lawson run --checkpoint Llama-3.2-1B --layer 3 --tensors x.safetensors --out y.safetensors
+  lawson run --problem 'block b=2 s=64 past=256 e=512 h=8/2 rope=half bf16' --write case
 
-out.safetensors holds y [B, S, E] and the caches after the append, k and v [B, G, P+S, D], in the compute dtype. It is written
-whole or not at all.
+The output holds y [B, S, E] and the caches after the append, k and v [B, G, P+S, D], in the compute dtype.
+It is written whole or not at all. It, and what --write makes, may replace earlier files.
 
 ";
 
@@ -39,7 +39,7 @@ fn after_help() -> String {
     format!("{AFTER_HELP}{}", args::PROBLEM_HELP)
 }
 
-/// Compute one attention block from a block file, or from a layer of a checkpoint; or make a block file with random numbers
+/// Compute one attention block from files, or make such files with random numbers
 #[derive(Args, Debug)]
 #[command(after_help = after_help(), group = ArgGroup::new("what").required(true).args(["block", "checkpoint", "problem"]))]
 pub struct RunArgs {
@@ -62,14 +62,14 @@ pub struct RunArgs {
     out: Option<PathBuf>,
 
     /// The checkpoint's layer, from 0
-    #[arg(long, value_name = "N", conflicts_with_all = ["block", "problem"])]
+    #[arg(long, value_name = "N", value_parser = args::whole::<usize>, allow_negative_numbers = true, conflicts_with_all = ["block", "problem"])]
     layer: Option<usize>,
     /// With the layer's input norm before the attention and the residual after it
     #[arg(long, conflicts_with_all = ["block", "problem"])]
     with_norm: bool,
 
     /// Seed of the random numbers
-    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with_all = ["block", "checkpoint"])]
+    #[arg(long, value_name = "N", value_parser = args::whole::<u64>, allow_negative_numbers = true, default_value_t = 0, conflicts_with_all = ["block", "checkpoint"])]
     seed: u64,
     /// Folder for block.json and in.safetensors. The cache's dtype is not stored: give it again with --kv-dtype when the block file
     /// is run
@@ -100,14 +100,20 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         return Err(Error::invalid("--problem needs --out to run it, --write to keep it, or both"));
     }
     args.out.as_deref().map_or(Ok(()), |out| check_input(args, out).and_then(|()| check_writable(out)))?;
+    args.write.as_deref().map_or(Ok(()), check_folder)?;
     let context = global.context()?;
     let mut result = json!({});
     let made = args.problem.as_ref().map(|problem| make(problem, args.seed)).transpose()?;
     if let (Some((problem, data)), Some(dir)) = (&made, &args.write) {
+        let replaced = BLOCK_FILES.iter().any(|name| dir.join(name).exists());
         write_block_file(dir, problem, data).map_err(|e| e.at("--write"))?;
-        merge(&mut result, json!({"problem": problem.to_string(), "seed": args.seed, "written": dir}));
+        merge(
+            &mut result,
+            json!({"problem": problem.to_string(), "seed": args.seed, "written": dir, "written_replaced": replaced}),
+        );
         if !global.json {
-            output::print(format!("{problem}\nwrote {}/block.json and in.safetensors (seed {})", dir.display(), args.seed))?;
+            let (verb, dir, seed) = (wrote(replaced), dir.display(), args.seed);
+            output::print(format!("{problem}\n{verb} {dir}/block.json and in.safetensors (seed {seed})"))?;
         }
     }
     if let Some(out) = &args.out {
@@ -129,6 +135,25 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         output::print_json(&result)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What --write makes.
+const BLOCK_FILES: [&str; 2] = ["block.json", "in.safetensors"];
+
+/// How to say that a file was written.
+fn wrote(replaced: bool) -> &'static str {
+    if replaced { "replaced" } else { "wrote" }
+}
+
+/// Refuses to make block files in what is no folder.
+fn check_folder(dir: &Path) -> Result<()> {
+    if dir.exists() && !dir.is_dir() {
+        let dir = dir.display();
+        return Err(Error::invalid(format!(
+            "--write {dir}: cannot be made: it is not a folder; accepted: a folder, which is made when missing"
+        )));
+    }
+    Ok(())
 }
 
 /// Adds the keys of `more` to `object`.
@@ -159,7 +184,7 @@ fn check_input(args: &RunArgs, out: &Path) -> Result<()> {
     let mut inputs: Vec<(&str, PathBuf)> = Vec::new();
     inputs.extend(args.block.iter().map(|p| ("--block", p.clone())));
     inputs.extend(args.tensors.iter().map(|p| ("--tensors", p.clone())));
-    inputs.extend(args.write.iter().flat_map(|dir| ["block.json", "in.safetensors"].map(|name| ("--write", dir.join(name)))));
+    inputs.extend(args.write.iter().flat_map(|dir| BLOCK_FILES.map(|name| ("--write", dir.join(name)))));
     // A checkpoint folder that cannot be listed is refused where it is opened.
     let files = args.checkpoint.iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten();
     inputs.extend(files.map(|f| ("--checkpoint", f.path())));
@@ -174,10 +199,19 @@ fn check_input(args: &RunArgs, out: &Path) -> Result<()> {
 
 /// Whether a file can be put at `path`, found out by putting an empty one beside it.
 fn check_writable(path: &Path) -> Result<()> {
-    let refused = |why: &dyn std::fmt::Display| Error::invalid(format!("--out {}: cannot be written: {why}", path.display()));
+    let accepted = "accepted: the name of a file in a folder that exists";
+    let refused =
+        |why: &dyn std::fmt::Display| Error::invalid(format!("--out {}: cannot be written: {why}; {accepted}", path.display()));
+    if path.is_dir() {
+        return Err(refused(&"it is a folder"));
+    }
     let Some(name) = path.file_name() else { return Err(refused(&"it names no file")) };
     if path.metadata().is_ok_and(|m| !m.is_file()) {
-        return Err(refused(&"it exists and is not a regular file"));
+        // A finished file is renamed to it, which would put the file in the place of a device or a pipe.
+        return Err(refused(&"it is not a regular file"));
+    }
+    if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
+        return Err(refused(&format_args!("there is no folder {}", folder.display())));
     }
     let probe = path.with_file_name(format!(".{}.{}.probe", name.to_string_lossy(), std::process::id()));
     File::create_new(&probe).and_then(|_| fs::remove_file(&probe)).map_err(|e| refused(&e))
@@ -232,6 +266,10 @@ fn data_bytes(problem: &BlockProblem) -> f64 {
 
 /// What one call did.
 struct Ran {
+    /// Where it was computed.
+    on: Place,
+    /// Whether there was an output before.
+    replaced: bool,
     plan: std::sync::Arc<BlockPlan>,
     /// Of the whole call.
     seconds: f64,
@@ -239,6 +277,30 @@ struct Ran {
     step_seconds: Vec<f64>,
     /// Values of y, k and v that are NaN or infinite.
     non_finite: [(&'static str, usize); 3],
+}
+
+/// Where a call was computed.
+struct Place {
+    words: String,
+    device: String,
+    /// Instruction set, or architecture of a GPU.
+    isa: String,
+    /// None on a GPU.
+    threads: Option<usize>,
+    /// Why `--device auto` took the CPU.
+    fallback: Option<String>,
+}
+
+impl Place {
+    fn of(context: &Context) -> Self {
+        Place {
+            words: args::computes_on(context),
+            device: context.device().to_string(),
+            isa: context.machine().isa.clone(),
+            threads: context.gpu().is_none().then(|| context.threads()),
+            fallback: context.fallback().map(str::to_owned),
+        }
+    }
 }
 
 fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>, out: &Path) -> Result<Ran> {
@@ -253,10 +315,11 @@ fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: O
     let seconds = start.elapsed().as_secs_f64();
     signals::check()?;
     let result = call.output(&y)?;
+    let replaced = out.exists();
     write_output(out, problem, &result.y, &result.k, &result.v, data.cache_rows(problem))?;
     let non_finite = [("y", &result.y), ("k", &result.k), ("v", &result.v)];
     let non_finite = non_finite.map(|(name, values)| (name, values.iter().filter(|v| !v.is_finite()).count()));
-    Ok(Ran { plan, seconds, step_seconds, non_finite })
+    Ok(Ran { on: Place::of(context), replaced, plan, seconds, step_seconds, non_finite })
 }
 
 impl Ran {
@@ -268,8 +331,9 @@ impl Ran {
         });
         let non_finite: String = non_finite.collect();
         format!(
-            "{problem}\nlevel {}, plan {:016x}: {} steps, {} GEMMs, {} launches\n{} for one call; {} of memory predicted beyond \
-             weights, cache, x and y{non_finite}\nwrote {}",
+            "{problem}\non {}, level {}, plan {:016x}: {} steps, {} GEMMs, {} launches\n{} for one call; {} of memory predicted \
+             beyond weights, cache, x and y{non_finite}\n{} {}",
+            self.on.words,
             plan.level,
             plan.id(),
             plan.steps().count(),
@@ -277,16 +341,22 @@ impl Ran {
             plan.launches(),
             output::seconds(self.seconds),
             output::bytes(plan.peak_bytes()),
+            wrote(self.replaced),
             out.display()
         )
     }
 
     fn json(&self, problem: &BlockProblem, out: &Path) -> Value {
         let steps = self.plan.steps().zip(&self.step_seconds);
-        let steps: Vec<_> =
-            steps.map(|(s, seconds)| json!({"op": s.op.name(), "kernel": s.kernel, "ms": seconds * 1e3})).collect();
+        let steps: Vec<_> = steps
+            .map(|(s, seconds)| json!({"op": s.op.name_in(&problem.spec), "kernel": s.kernel, "ms": seconds * 1e3}))
+            .collect();
         json!({
             "problem": problem.to_string(),
+            "device": self.on.device,
+            "isa": self.on.isa,
+            "threads": self.on.threads,
+            "fallback": self.on.fallback,
             "level": self.plan.level.name(),
             "plan": self.plan.to_string(),
             "steps": steps,
@@ -294,6 +364,7 @@ impl Ran {
             "peak_bytes": self.plan.peak_bytes(),
             "non_finite": self.non_finite.iter().map(|(_, n)| n).sum::<usize>(),
             "out": out,
+            "out_replaced": self.replaced,
         })
     }
 }

@@ -147,9 +147,11 @@ fn json_is_the_results_alone() {
 fn narrow_types_and_full_attention_are_measured() {
     for dtype in ["bf16", "f16"] {
         let out = folder(&format!("bench-{dtype}"));
-        let shape = ["--seq", "33", "--heads", "2", "--head-dim", "16", "--dtype", dtype, "--causal", "false"];
+        let shape = ["--seq", "33", "--heads", "2", "--dtype", dtype, "--head-dim", "16", "--causal", "false"];
         for study in ["block", "attention", "qkv"] {
-            bench(&[&[study], &shape[..]].concat(), &out);
+            // The study of the projection is never causal, and takes no word about it.
+            let taken = if study == "qkv" { &shape[..8] } else { &shape[..] };
+            bench(&[&[study], taken].concat(), &out);
             let results = results(&out);
             for row in rows(&results) {
                 assert_eq!((&row["dtype"], &row["causal"]), (&dtype.into(), &false.into()));
@@ -235,6 +237,8 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["block", "--heads", "3", "--hidden", "1000"], &["--head-dim is needed"]);
     refuse(&["block", "--hidden", "1000"], &["--head-dim"]);
     refuse(&["block", "--past", "99999999999"], &["--past"]);
+    refuse(&["block", "--past", "-1"], &["--past", "'-1'", "0 or greater"]);
+    refuse(&["block", "--threads", "-2"], &["--threads", "'-2'", "1 to 1024"]);
     refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
     for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput", "kernels"] {
         refuse(&[study, "--batch", "4096", "--seq", "65536"], &["available"]);
@@ -253,11 +257,114 @@ fn bad_arguments_are_refused_before_anything_is_written() {
 }
 
 #[test]
+fn flags_and_levels_that_mean_nothing_to_a_study_are_refused() {
+    let out = folder("bench-flags").join("report");
+    let refuse = |args: &[&str], parts: &[&str]| {
+        let output = lawson().arg("bench").args(args).arg("--out").arg(&out).output().expect("the program starts");
+        is_refusal(&output, parts);
+        assert!(!out.exists(), "{args:?} left a folder");
+    };
+    for (study, unused) in [
+        ("softmax", &["--hidden", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory", "--neighbours"][..]),
+        ("rope", &["--kv-heads", "--dtype", "--causal", "--memory", "--neighbours"]),
+        ("qkv", &["--past", "--causal", "--memory", "--neighbours"]),
+        ("attention", &["--memory", "--neighbours"]),
+        ("decode", &["--memory", "--neighbours"]),
+        ("block", &["--memory", "--neighbours"]),
+        ("throughput", &["--neighbours"]),
+        ("kernels", &["--memory"]),
+        ("all", &["--neighbours"]),
+    ] {
+        for flag in unused {
+            let value = match *flag {
+                "--dtype" => "bf16",
+                "--causal" => "false",
+                _ => "64",
+            };
+            let study_name = format!("the study {study}");
+            let takes = if study == "all" { "--memory" } else { "--batch, --seq" };
+            refuse(&[study, flag, value], &[flag, &study_name, "takes", takes]);
+        }
+    }
+    for study in ["rope", "attention", "decode"] {
+        refuse(&[study, "--hidden", "64", "--heads", "4", "--head-dim", "16"], &["--hidden", study, "--heads and --head-dim"]);
+    }
+    for (study, lacks, has) in [
+        ("qkv", "moderate", "unfused, minimal"),
+        ("softmax", "maximal", "unfused, minimal, moderate"),
+        ("rope", "minimal", "unfused, maximal"),
+        ("attention", "moderate", "unfused, maximal"),
+        ("decode", "unfused", "has maximal"),
+        ("kernels", "unfused", "has maximal"),
+    ] {
+        refuse(&[study, "--levels", lacks], &["--levels", lacks, study, has]);
+        refuse(&[study, "--levels", &format!("{lacks},unfused,maximal")], &["--levels", study, has]);
+    }
+}
+
+#[test]
+fn a_peer_that_measures_nothing_of_a_study_is_named() {
+    let out = folder("bench-peer-none");
+    for (study, shape) in [
+        ("softmax", &["--seq", "8", "--heads", "1", "--past", "3"][..]),
+        ("rope", &["--seq", "8", "--heads", "1", "--head-dim", "8"]),
+        ("attention", &["--seq", "8", "--heads", "1", "--head-dim", "8", "--past", "3"]),
+        ("throughput", &["--heads", "1", "--head-dim", "8", "--levels", "maximal"]),
+    ] {
+        let output = bench(&[&[study, "--peers", "torch"], shape].concat(), &out);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("the peer torch measures nothing here") && said.contains(study) && said.contains("qkv"), "{said}");
+    }
+}
+
+#[test]
+fn tables_fit_and_say_what_they_leave_out() {
+    let out = folder("bench-width");
+    let width = |columns: Option<&str>| {
+        let mut command = lawson();
+        command
+            .arg("bench")
+            .arg("block")
+            .args(TINY)
+            .args(["--threads", "1", "--out"])
+            .arg(&out)
+            .env_remove("COLUMNS")
+            .envs(columns.map(|n| ("COLUMNS", n)));
+        let output = command.output().expect("the program starts");
+        let said = String::from_utf8(output.stdout).expect("the program prints UTF-8");
+        let table: Vec<String> = said.lines().filter(|l| l.starts_with(['┌', '│', '╞', '└'])).map(str::to_owned).collect();
+        assert!(table.len() > 6 && table.iter().all(|l| l.chars().count() == table[0].chars().count()), "{said}");
+        (table[0].chars().count(), said)
+    };
+    let (whole, said) = width(Some("200"));
+    assert!(whole > 120 && said.contains("GB/s") && said.contains("p10 – p90") && !said.contains("left out"), "{said}");
+    for (columns, most) in [(Some("80"), 80), (Some("100"), 100), (None, 120)] {
+        let (width, said) = width(columns);
+        assert!(width <= most, "{width} of {most}: {said}");
+        assert!(
+            said.contains("median") && said.contains("speed-up") && said.contains(&format!("to fit {most} columns")),
+            "{said}"
+        );
+        assert!(said.contains("maximal") && said.contains("B 2 S 24 E 64 H 4/2 D 16 f32"), "{said}");
+    }
+}
+
+#[test]
+fn a_report_in_the_place_of_an_earlier_one_is_said_so() {
+    let out = folder("bench-again");
+    let again = |_| String::from_utf8_lossy(&bench(&["softmax", "--seq", "8", "--heads", "1"], &out).stdout).into_owned();
+    let [first, second] = [0, 1].map(again);
+    assert!(first.starts_with("on ") && !first.contains("earlier one"), "{first}");
+    assert!(second.trim_end().ends_with("index.html (in place of an earlier one)"), "{second}");
+}
+
+#[test]
 fn a_folder_that_cannot_be_written_is_refused() {
     let dir = folder("bench-out");
     fs::write(dir.join("file"), "x").expect("a file can be written");
     let inside = dir.join("file").join("report");
     refused(&["bench", "block", "--seq", "8", "--out", &inside.to_string_lossy()], &["--out", "file"]);
+    refused(&["bench", "block", "--seq", "8", "--out", &dir.join("file").to_string_lossy()], &["--out", "not a folder"]);
     fs::create_dir_all(dir.join("taken/index.html")).expect("a folder can be made");
     refused(&["bench", "block", "--seq", "8", "--out", &dir.join("taken").to_string_lossy()], &["index.html"]);
 }

@@ -76,13 +76,75 @@ fn explain_gives_the_plan_as_data() {
 }
 
 #[test]
+fn explain_names_only_what_a_block_has() {
+    let plain = "block b=1 s=600 e=64 h=4/2 d=16";
+    let said = ["unfused", "minimal", "moderate", "maximal"].map(|level| stdout(&["explain", plain, "--fusion", level]));
+    for said in &said {
+        for absent in ["norm", "RoPE", "rope table", "rope, ", "residual", "split keys"] {
+            // A step may say that there is none.
+            assert!(!said.replace("no RoPE", "").contains(absent), "{absent}: {said}");
+        }
+        assert!(!said.contains("bias"), "{said}");
+    }
+    assert!(said[3].contains("append while the tile is warm") && said[3].contains("nothing is added"), "{}", said[3]);
+
+    let rich = "input_norm=1e-6 residual bias=qo qk_norm=1e-6 rope=half";
+    let said = stdout(&["explain", &format!("{plain} {rich}"), "--fusion", "maximal"]);
+    for part in
+        ["norm, bias, QK-norm, RoPE and append while", "bias and residual in the epilogue", "qkv projection, RoPE, append"]
+    {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    // All keys and values first, then the queries.
+    let said = stdout(&["explain", &format!("{plain} full bias=k rope=half"), "--fusion", "maximal"]);
+    for part in
+        ["first query; bias, RoPE and append while", "     RoPE while", "kv projection, RoPE, append", "q projection, RoPE "]
+    {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
+
+#[test]
+fn explain_has_units_and_fits() {
+    let problem = "block b=1 s=2048 e=1024 h=8 d=128 rope=half";
+    let said = stdout(&["explain", problem]);
+    let rejected = said.lines().find(|l| l.contains("level unfused: predicted")).expect("it was rejected");
+    assert!(rejected.matches("iB").count() == 2 && !rejected.contains("bytes"), "{rejected}");
+    let workspace: Vec<&str> = said.lines().skip_while(|l| *l != "workspace:").skip(1).take_while(|l| !l.is_empty()).collect();
+    assert!(workspace.len() > 3 && workspace.iter().all(|l| l.ends_with("B") || l.ends_with("for each thread")), "{said}");
+    for columns in ["60", "80", "100"] {
+        let output = lawson().args(["explain", problem]).env("COLUMNS", columns).output().expect("the program starts");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let table = said.lines().filter(|l| l.starts_with(['┌', '│']));
+        assert!(table.map(|l| l.chars().count()).max().is_some_and(|n| n <= columns.parse().unwrap_or(0)), "{said}");
+        assert_eq!(columns == "100", !said.contains("left out to fit"), "{said}");
+    }
+}
+
+#[test]
 fn wrong_problems_are_refused() {
     refused(&["explain"], &["PROBLEM"]);
     refused(&["explain", "nonsense"], &["nonsense"]);
     refused(&["explain", "block b=1 s=4 e=8 h=3/2 d=4 causal f32"], &["num_attention_heads (3)"]);
     refused(&["explain", PROBLEM, "--fusion", "full"], &["--fusion", "'full'", "auto, unfused"]);
     refused(&["explain", "block b=1 s=4 e=18446744073709551615 h=1/1 d=4 causal f32"], &["hidden_size"]);
-    refused(&["explode"], &["explode"]);
+    refused(&["explode"], &["explode", "bench, run, explain, devices, check"]);
+    let with = |tokens: &str| format!("block b=1 s=4 e=64 h=4 d=16 {tokens}");
+    refused(&["explain", "block b=1 s=-4 e=64 h=4"], &["'s=-4'", "whole numbers, 0 or greater"]);
+    refused(&["explain", &with("rope=half:theta")], &["'half:theta'", "rope=half,theta=500000"]);
+    refused(&["explain", &with("f32 f16")], &["'f16'", "one of f32, bf16, f16"]);
+    refused(&["explain", &with("causal full")], &["'full'", "one of causal, full"]);
+    refused(&["explain", "attention b=1 s=4 h=4 d=16"], &["block problem starts with the word 'block'", "'attention'"]);
+}
+
+#[test]
+fn numbers_of_flags_are_refused_with_what_is_accepted() {
+    for bad in ["-2", "many", "1.5", ""] {
+        refused(&["devices", "--threads", bad], &["--threads", &format!("'{bad}'"), "accepted: 1 to 1024"]);
+    }
+    refused(&["devices", "--threads", "0"], &["threads", "1 and 1024", "got 0"]);
+    refused(&["run"], &["--tensors <FILE>, --out <FILE>, <--block"]);
+    refused(&["check", "--jason"], &["--jason", "; a similar argument exists: '--json'"]);
 }
 
 #[test]
@@ -101,6 +163,19 @@ fn devices_are_described() {
     let word = if cuda["can_run"] == true { "cuda: can run" } else { "cuda: cannot run" };
     assert!(stdout(&["devices", "--threads", "1"]).contains(word), "{word:?}");
     assert!(cuda["can_run"] == true || cuda["why"].as_str().is_some_and(|why| !why.is_empty()), "{cuda}");
+    let missing: Vec<&str> = cuda["missing"].as_array().expect("a list").iter().filter_map(|m| m.as_str()).collect();
+    assert!(missing.is_empty() || cuda["can_run"] == false, "{cuda}");
+    let human = stdout(&["devices", "--threads", "1"]);
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for text in missing {
+        assert!(words(&human).contains(&words(text)), "{text}: {human}");
+    }
+    let narrow = lawson().args(["devices", "--threads", "1"]).env("COLUMNS", "72").output().expect("the program starts");
+    let narrow = String::from_utf8_lossy(&narrow.stdout);
+    assert!(narrow.lines().all(|l| l.chars().count() <= 72), "{narrow}");
+    let auto = if cuda["can_run"] == true { "cuda:0" } else { "cpu" };
+    assert_eq!(said["auto"], auto);
+    assert!(human.lines().any(|l| l.starts_with("auto: ") && l.contains(auto)), "{human}");
 }
 
 #[test]

@@ -238,13 +238,17 @@ fn the_summary_says_what_ran() {
     let dir = folder("summary");
     let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
     let said = stdout(&line!["run", "--problem", PROBLEM, "--write", &case, "--out", &out]);
-    for part in ["block b=2 s=3", "level ", "plan ", " steps, ", " GEMMs, ", "for one call", "of memory predicted", "wrote "] {
+    for part in
+        ["block b=2 s=3", "\non ", " level ", "plan ", " steps, ", " GEMMs, ", "for one call", "of memory predicted", "wrote "]
+    {
         assert!(said.contains(part), "{part:?} is not in: {said}");
     }
     for level in LEVELS {
         let (block, tensors) = (case.join("block.json"), case.join("in.safetensors"));
         let said = json(&line!["run", "--block", block, "--tensors", tensors, "--out", &out, "--fusion", level]);
         assert_eq!(said["level"], level);
+        let on_cpu = said["device"] == "cpu" && said["threads"].as_u64().is_some_and(|n| n > 0);
+        assert!((on_cpu || said["device"] == "cuda:0") && said["isa"].as_str().is_some_and(|isa| !isa.is_empty()), "{said}");
         let steps = said["steps"].as_array().expect("a list");
         assert!(
             steps.iter().all(|s| s["ms"].as_f64().is_some_and(|ms| ms >= 0.0) && s["op"].is_string() && s["kernel"].is_string())
@@ -252,6 +256,37 @@ fn the_summary_says_what_ran() {
         assert!(said["ms"].as_f64().is_some_and(|ms| ms > 0.0) && said["peak_bytes"].as_u64().is_some_and(|n| n > 0), "{said}");
         assert!(said["plan"].as_str().is_some_and(|p| p.starts_with(level)), "{said}");
     }
+}
+
+#[test]
+fn where_it_ran_and_what_it_replaced_is_said() {
+    let dir = folder("replaced");
+    let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
+    let line = line!["run", "--problem", PROBLEM, "--write", &case, "--out", &out, "--device", "cpu", "--threads", "2"];
+    let first = stdout(&line);
+    assert!(first.contains("on cpu (") && first.contains(", 2 threads), level "), "{first}");
+    assert_eq!((first.matches("\nwrote ").count(), first.matches("\nreplaced ").count()), (2, 0), "{first}");
+    let second = stdout(&line);
+    assert_eq!((second.matches("\nwrote ").count(), second.matches("\nreplaced ").count()), (0, 2), "{second}");
+    let said = json(&line);
+    assert_eq!((&said["written_replaced"], &said["out_replaced"]), (&json!(true), &json!(true)), "{said}");
+    assert_eq!((&said["device"], &said["threads"], &said["fallback"]), (&json!("cpu"), &json!(2), &Value::Null), "{said}");
+}
+
+#[test]
+fn outputs_that_are_no_files_are_refused() {
+    let dir = folder("no-file");
+    let refuse = |flag: &str, path: &Path, parts: &[&str]| {
+        refused(&line!["run", "--problem", PROBLEM, flag, path], &[&[flag, &path.to_string_lossy()], parts].concat());
+    };
+    refuse("--out", &dir, &["it is a folder", "accepted: the name of a file"]);
+    refuse("--out", &dir.join("none/out.safetensors"), &["there is no folder", "none"]);
+    #[cfg(unix)]
+    refuse("--out", Path::new("/dev/null"), &["not a regular file", "accepted: the name of a file"]);
+    fs::write(dir.join("file"), "").expect("a file can be written");
+    refuse("--write", &dir.join("file"), &["not a folder", "accepted: a folder"]);
+    let negative = line!["run", "--problem", PROBLEM, "--write", dir.join("case"), "--seed", "-1"];
+    refused(&negative, &["--seed", "'-1'", "0 or greater"]);
 }
 
 /// A block file to be spoilt, and what is needed to see that nothing was written.
@@ -383,7 +418,7 @@ fn outputs_that_cannot_be_written_are_found_out_first() {
     // Refused before the input is looked at, which is wrong as well.
     fs::write(case.dir.join("block.json"), "{").expect("the block can be written");
     refused(&with_out(&case.dir.join("no/such/out")), &["--out", "no/such/out", "cannot be written"]);
-    refused(&with_out(&case.dir), &["--out", "cannot be written", "not a regular file"]);
+    refused(&with_out(&case.dir), &["--out", "cannot be written", "it is a folder"]);
     refused(&with_out(&case.dir.join("..")), &["--out", "cannot be written"]);
     refused(&with_out(&case.dir.join("block.json/out")), &["--out", "cannot be written"]);
     let written = case.dir.join("made");

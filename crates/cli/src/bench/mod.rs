@@ -1,6 +1,7 @@
 //! `lawson bench`: verifies, times, prints tables and writes a report.
 
 mod fit;
+mod flags;
 mod inputs;
 mod machine;
 mod measure;
@@ -26,23 +27,27 @@ use std::{
 
 use lawson::{Context, DType, Error, ErrorKind, Level, Result};
 
-use crate::{args::Global, output, report};
+use crate::{
+    args::{self, Global},
+    output, report,
+};
 use measure::Budget;
 use peers::PeerKind;
 use record::{Results, Row};
 use rows::Limits;
 use session::Session;
-use specs::{Preset, Shape, Study};
+use specs::{Case, Preset, Shape, Study};
 
 const AFTER_HELP: &str = "\
 Examples:
   lawson bench
   lawson bench attention --preset article
-  lawson bench block --seq 1 --past 4096 --hidden 4096 --heads 32 --kv-heads 8 --dtype bf16
+  lawson bench block --seq 1 --past 4096 --hidden 4096 --kv-heads 8 --dtype bf16
   lawson bench all --peers torch,ort --out report
   lawson bench kernels --preset article --neighbours 30
 
-Writes index.html, which needs no other file, and results.json.";
+Writes index.html, which needs no other file, and results.json, in place of earlier ones.
+A flag or a level that means nothing to a study is refused with what the study takes.";
 
 /// Verify and time the block and its parts at each level of fusion, and write a report
 #[derive(clap::Args, Clone, Debug)]
@@ -63,15 +68,18 @@ pub struct BenchArgs {
     /// Other engines to measure in the same run: torch, ort, candle
     #[arg(long, value_name = "PEER,…", value_delimiter = ',')]
     peers: Vec<PeerKind>,
-    /// Memory for which throughput counts sequences, in bytes or as 512MiB, 8GiB
-    #[arg(long, value_name = "BYTES", default_value = "4GiB", value_parser = parse_bytes)]
-    memory: u64,
+    /// Memory for which `throughput` counts sequences, in bytes or as 512MiB, 8GiB [default: 4GiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    memory: Option<u64>,
     /// Shapes near each kernel's own that `kernels` measures beside it, at most 1000: a token more or less, odd widths, other heads
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1000), allow_negative_numbers = true, default_value_t = 0)]
     neighbours: u16,
     #[command(flatten)]
     shape: ShapeArgs,
 }
+
+/// Memory for which `throughput` counts sequences where nothing says another.
+const MEMORY: u64 = 4 << 30;
 
 /// Width of a head where nothing says another.
 const HEAD_DIM: usize = 128;
@@ -93,7 +101,7 @@ struct ShapeArgs {
     #[arg(long, value_name = "S", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     seq: Option<usize>,
     /// Tokens that are in the cache before the call [default: 0]
-    #[arg(long, value_name = "P", conflicts_with = "preset")]
+    #[arg(long, value_name = "P", value_parser = args::whole::<usize>, allow_negative_numbers = true, conflicts_with = "preset")]
     past: Option<usize>,
     /// Width of x and y [default: heads times head width, or 1024]
     #[arg(long, value_name = "E", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
@@ -110,16 +118,31 @@ struct ShapeArgs {
     /// Compute type: f32, bf16 or f16 [default: f32]
     #[arg(long, value_name = "TYPE", conflicts_with = "preset")]
     dtype: Option<DType>,
-    /// Whether a token sees only those before it: true or false [default: true]
+    /// Whether a token sees only those before it [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, conflicts_with = "preset")]
     causal: Option<bool>,
 }
 
 impl ShapeArgs {
+    /// The flags that were given.
+    fn given(&self) -> Vec<&'static str> {
+        let flags = [
+            ("--batch", self.batch.is_some()),
+            ("--seq", self.seq.is_some()),
+            ("--past", self.past.is_some()),
+            ("--hidden", self.hidden.is_some()),
+            ("--heads", self.heads.is_some()),
+            ("--kv-heads", self.kv_heads.is_some()),
+            ("--head-dim", self.head_dim.is_some()),
+            ("--dtype", self.dtype.is_some()),
+            ("--causal", self.causal.is_some()),
+        ];
+        flags.into_iter().filter(|f| f.1).map(|f| f.0).collect()
+    }
+
     /// The shape, when any of it was given.
     fn shape(&self) -> Result<Option<Shape>> {
-        let sizes = [self.batch, self.seq, self.past, self.hidden, self.heads, self.kv_heads, self.head_dim];
-        if sizes.iter().all(Option::is_none) && self.dtype.is_none() && self.causal.is_none() {
+        if self.given().is_empty() {
             return Ok(None);
         }
         let head_dim = match (self.head_dim, self.hidden, self.heads) {
@@ -178,18 +201,18 @@ pub fn execute(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
 }
 
 fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
+    let mut given = args.shape.given();
+    given.extend(args.memory.map(|_| "--memory"));
+    given.extend((args.neighbours > 0).then_some("--neighbours"));
+    flags::check(args.study, &given, &args.levels)?;
     let shape = args.shape.shape()?;
-    if args.neighbours > 0 && args.study != Study::Kernels {
-        let study = args.study.name();
-        return Err(Error::invalid(format!("--neighbours belongs to the study kernels, not to {study}")));
-    }
     let context = global.context()?;
     check_writable(&args.out)?;
-    let session = start(args, global, context, shape.is_some());
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
         None => specs::preset(args.study, args.preset),
     };
+    let session = start(args, global, context, &cases, shape.is_some());
     if session.context.gpu().is_some() {
         cases.retain(|case| matches!(case.study, Study::Block | Study::Throughput));
         let device = session.context.device();
@@ -208,6 +231,9 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     }
     if shape.is_some() {
         cases.iter().try_for_each(|case| fit::check(&session, case))?;
+    }
+    if !global.json {
+        output::print(format!("on {}", args::computes_on(&session.context)))?;
     }
     session.bar.set_message("measuring the machine's peak and bandwidth");
     let mut limits = Limits::measure(&session)?;
@@ -267,13 +293,14 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
 fn finish(args: &BenchArgs, global: &Global, results: &Results) -> Result<ExitCode> {
     let json = serde_json::to_string_pretty(results);
     let json = json.map_err(|e| Error::new(ErrorKind::Corrupt, format!("the results cannot be written as JSON: {e}")))?;
-    write_whole(&args.out.join("results.json"), &json)?;
     let page = args.out.join("index.html");
+    let replaced = if page.exists() { " (in place of an earlier one)" } else { "" };
+    write_whole(&args.out.join("results.json"), &json)?;
     write_whole(&page, &report::render(results))?;
     if global.json {
         output::print(json)?;
     } else {
-        output::print(format!("report: {}", page.display()))?;
+        output::print(format!("report: {}{replaced}", page.display()))?;
     }
     let failed: Vec<&Row> = results.results.iter().filter(|r| is_wrong(r)).collect();
     for row in &failed {
@@ -288,12 +315,17 @@ fn is_wrong(row: &Row) -> bool {
 }
 
 /// What the run shares, its limits not yet measured.
-fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: bool) -> Session<'a> {
+fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, cases: &[Case], explicit: bool) -> Session<'a> {
     let mut levels = if args.levels.is_empty() { Level::ALL.to_vec() } else { args.levels.clone() };
     levels.sort_unstable();
     levels.dedup();
     let (mut peers, mut missing): (Vec<PeerKind>, Vec<(PeerKind, String)>) = (Vec::new(), Vec::new());
     for &kind in PeerKind::ALL.iter().filter(|k| args.peers.contains(k)) {
+        if !cases.iter().any(|case| peer_rows::measures(kind, case)) {
+            let (peer, study) = (kind.name(), args.study.name());
+            eprintln!("the peer {peer} measures nothing here, in the study {study}; it measures {}", peer_rows::MEASURED);
+            continue;
+        }
         match peers::available(kind) {
             Ok(_) => peers.push(kind),
             Err(e) => {
@@ -310,7 +342,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
         levels,
         budget,
         limits: Limits { peak_flops: 1.0, bf16_peak_flops: 1.0, bandwidth: 1.0 },
-        memory_limit: args.memory,
+        memory_limit: args.memory.unwrap_or(MEMORY),
         neighbours: args.neighbours.into(),
         peers,
         missing,
@@ -321,6 +353,9 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
 /// Makes the folder and checks that files can be written there.
 fn check_writable(folder: &Path) -> Result<()> {
     let failed = |e: std::io::Error| Error::invalid(format!("--out {}: the folder cannot be written: {e}", folder.display()));
+    if folder.exists() && !folder.is_dir() {
+        return Err(Error::invalid(format!("--out {}: it is not a folder, which a report needs", folder.display())));
+    }
     fs::create_dir_all(folder).map_err(failed)?;
     for name in ["results.json", "index.html"] {
         let path = folder.join(name);

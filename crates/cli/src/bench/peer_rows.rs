@@ -6,7 +6,7 @@ use lawson::{Error, ErrorKind, Result};
 
 use super::{
     measure::{Forms, Measured},
-    peers::{self, Peer, PeerSpec},
+    peers::{self, Peer, PeerKind, PeerSpec},
     record::Row,
     rows::{self, Work},
     session::Session,
@@ -82,6 +82,16 @@ impl Drop for PeerSet {
     }
 }
 
+/// What peers measure, for people.
+pub const MEASURED: &str = "block, qkv, attention without a past, and decode";
+
+/// Whether the peer `kind` measures `case`.
+pub fn measures(kind: PeerKind, case: &Case) -> bool {
+    // No peer takes new tokens behind a past in the study of attention.
+    let behind = case.study == Study::Attention && case.shape.past > 0;
+    !kind.variants(case.study.name()).is_empty() && !behind
+}
+
 /// Starts every variant of every installed peer on `case`; `inputs` gives name, shape and elements.
 pub fn start<'a, S: AsRef<[usize]> + 'a>(
     session: &Session,
@@ -89,7 +99,8 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
     inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
 ) -> Result<PeerSet> {
     let study = case.study.name();
-    let wanted: Vec<_> = session.peers.iter().flat_map(|&k| k.variants(study).iter().map(move |v| (k, *v))).collect();
+    let peers = session.peers.iter().filter(|k| measures(**k, case));
+    let wanted: Vec<_> = peers.flat_map(|&k| k.variants(study).iter().map(move |v| (k, *v))).collect();
     if wanted.is_empty() {
         return Ok(PeerSet::none());
     }
@@ -135,7 +146,6 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
 
 /// Rows of the peers that were measured, and of those that are not installed.
 pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measured], work: Work) -> Vec<Row> {
-    let study = case.study.name();
     let ran = set.forms.iter().zip(measured).map(|(form, m)| {
         let mut row = rows::base(session, case, &form.level);
         rows::measured(&mut row, m, work);
@@ -144,7 +154,7 @@ pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measur
         }
         row
     });
-    let missing = session.missing.iter().filter(|(kind, _)| !kind.variants(study).is_empty()).map(|(kind, why)| {
+    let missing = session.missing.iter().filter(|(kind, _)| measures(*kind, case)).map(|(kind, why)| {
         let mut row = rows::base(session, case, &format!("peer:{}", kind.name()));
         rows::remark(&mut row, why);
         row

@@ -135,7 +135,7 @@ pub fn planned(row: &mut Row, plan: &BlockPlan) {
 /// The plan's steps with their measured seconds.
 pub fn steps(plan: &BlockPlan, seconds: &[f64]) -> Vec<StepRow> {
     let row = |(step, &s): (&lawson_core::plan::Step, &f64)| StepRow {
-        op: step.op.name().to_owned(),
+        op: step.op.name_in(&plan.problem.spec),
         kernel: step.kernel.clone(),
         median_ms: Some(s * 1e3),
         predicted_ms: Some(step.seconds * 1e3),

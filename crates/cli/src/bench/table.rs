@@ -1,7 +1,7 @@
 //! What a study prints.
 
 use super::{HEAD_DIM, record::Row};
-use crate::output;
+use crate::output::{self, Grid};
 
 /// One line of the table as text; an empty column is left out.
 type Column = (&'static str, fn(&Row) -> Option<String>);
@@ -23,9 +23,7 @@ fn shape(row: &Row) -> String {
 
 const COLUMNS: [Column; 12] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
-    ("p10 – p90", |r| {
-        r.p10_ms.zip(r.p90_ms).map(|(a, b)| format!("{} – {}", output::seconds(a / 1e3), output::seconds(b / 1e3)))
-    }),
+    ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
     ("speed-up", |r| r.speedup.map(|s| format!("{s:.2}×"))),
     ("peak memory", |r| r.peak_bytes.map(|b| output::bytes(b as usize))),
     ("GFLOP/s", |r| r.gflops.map(|v| format!("{v:.1}"))),
@@ -44,7 +42,21 @@ const COLUMNS: [Column; 12] = [
     ("rel. error", |r| r.rel_err.map(|e| format!("{e:.1e}"))),
 ];
 
-/// The rows of one study, readable, with their remarks below.
+/// Columns that go where a table is too wide, in this order: first those that others imply.
+const LEAST: [&str; 10] = [
+    "GB/s",
+    "rel. error",
+    "p10 – p90",
+    "GFLOP/s",
+    "peak memory",
+    "tokens/s, fit",
+    "neighbours",
+    "of a read loop",
+    "of plain",
+    "of the limit",
+];
+
+/// The rows of one study, readable, with their remarks below. Where the whole table is too wide, shapes are lines above their levels.
 pub fn text(study: &str, rows: &[Row]) -> String {
     let columns: Vec<&Column> = COLUMNS.iter().filter(|(_, get)| rows.iter().any(|r| get(r).is_some())).collect();
     let mut notes: Vec<String> = Vec::new();
@@ -65,10 +77,30 @@ pub fn text(study: &str, rows: &[Row]) -> String {
         lines.push(cells);
     }
     let head: Vec<&str> = [study, "shape"].into_iter().chain(columns.iter().map(|c| c.0)).collect();
-    let mut text = output::table(&head, lines).to_string();
+    let flat = Grid { head, rows: lines };
+    let mut text = if flat.fits() { flat } else { stacked(flat) }.text(&LEAST);
     for (i, note) in notes.iter().enumerate() {
         text.push_str(&format!("\n[{}] {note}", i + 1));
     }
     text.push('\n');
     text
+}
+
+/// The table with its second column, the shape, as a line of its own above the rows that share it.
+fn stacked(flat: Grid) -> Grid {
+    let without = |mut cells: Vec<String>| (cells.remove(1), cells);
+    let mut head = flat.head;
+    head.remove(1);
+    let (mut rows, mut above) = (Vec::new(), None);
+    for (shape, mut cells) in flat.rows.into_iter().map(without) {
+        if above.as_ref() != Some(&shape) {
+            let mut line = vec![String::new(); cells.len()];
+            line[0].clone_from(&shape);
+            rows.push(line);
+            above = Some(shape);
+        }
+        cells[0].insert_str(0, "  ");
+        rows.push(cells);
+    }
+    Grid { head, rows }
 }

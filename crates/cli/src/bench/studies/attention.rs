@@ -265,10 +265,6 @@ impl Forms for AttentionForms<'_> {
 
 fn start_peers(session: &Session, case: &Case, n: &Numbers) -> Result<PeerSet> {
     let s = &case.shape;
-    // No peer takes new tokens behind a past in this study.
-    if case.study == Study::Attention && s.past > 0 {
-        return Ok(PeerSet::none());
-    }
     peer_rows::start(session, case, || {
         let kv = vec![s.batch, s.kv_heads, s.past + s.seq, s.head_dim];
         let q = peer_rows::swap_heads(&n.q, [s.batch, s.seq, s.heads, s.head_dim]);

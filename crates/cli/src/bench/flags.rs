@@ -1,0 +1,82 @@
+//! Which flags and levels mean something to each study. Others are refused, so that none is passed over in silence.
+
+use lawson::{Error, Level, Result};
+
+use super::specs::Study;
+
+/// What one study takes.
+struct Takes {
+    /// Flags of those that not every study takes.
+    flags: &'static [&'static str],
+    levels: &'static [Level],
+}
+
+fn takes(study: Study) -> Takes {
+    use Level::{Maximal, Minimal, Moderate, Unfused};
+    let (flags, levels): (&[&str], &[Level]) = match study {
+        Study::All => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory"],
+            &Level::ALL,
+        ),
+        Study::Block => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
+            &Level::ALL,
+        ),
+        Study::Throughput => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory"],
+            &Level::ALL,
+        ),
+        // Without a mask and without a past, as in the article.
+        Study::Qkv => (&["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"], &[Unfused, Minimal]),
+        // [B, H, S, past + S] scores in f32.
+        Study::Softmax => (&["--batch", "--seq", "--past", "--heads"], &[Unfused, Minimal, Moderate]),
+        // [B, S, H, D] in f32.
+        Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], &[Unfused, Maximal]),
+        Study::Attention => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
+            &[Unfused, Maximal],
+        ),
+        Study::Decode => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
+            &[Maximal],
+        ),
+        Study::Kernels => (
+            &[
+                "--batch",
+                "--seq",
+                "--past",
+                "--hidden",
+                "--heads",
+                "--kv-heads",
+                "--head-dim",
+                "--dtype",
+                "--causal",
+                "--neighbours",
+            ],
+            &[Maximal],
+        ),
+    };
+    Takes { flags, levels }
+}
+
+/// Checks that `study` takes every one of the flags and has every one of the levels that were given.
+///
+/// # Errors
+/// `InvalidInput`, naming the first that it does not and what there is.
+pub fn check(study: Study, given: &[&str], levels: &[Level]) -> Result<()> {
+    let (takes, name) = (takes(study), study.name());
+    if let Some(flag) = given.iter().find(|flag| !takes.flags.contains(flag)) {
+        let flags = takes.flags.join(", ");
+        return Err(Error::invalid(format!("{flag} means nothing to the study {name}, which takes {flags}")));
+    }
+    // These read no x: its width only stands in for a number of heads.
+    let narrow = matches!(study, Study::Rope | Study::Attention | Study::Decode);
+    if narrow && ["--hidden", "--heads", "--head-dim"].iter().all(|flag| given.contains(flag)) {
+        return Err(Error::invalid(format!("--hidden means nothing to the study {name} beside --heads and --head-dim")));
+    }
+    if let Some(level) = levels.iter().find(|level| !takes.levels.contains(level)) {
+        let has: Vec<_> = takes.levels.iter().map(|l| l.name()).collect();
+        return Err(Error::invalid(format!("--levels {level}: the study {name} has {}", has.join(", "))));
+    }
+    Ok(())
+}
