@@ -96,8 +96,7 @@ fn usage(e: &clap::Error) -> ExitCode {
     // A negative number is never meant as an argument behind `--`, which is what that tip is about.
     let beside = ["Usage:", "For more", "tip: to pass"];
     let said = text.split("\n\n").map(str::trim).filter(|part| !beside.iter().any(|b| part.starts_with(b)));
-    let missing = e.kind() == Usage::MissingRequiredArgument;
-    let mut sentences: Vec<String> = said.map(|part| one_line(part.trim_start_matches("tip: "), missing)).collect();
+    let mut sentences: Vec<String> = said.map(|part| sentence(part.trim_start_matches("tip: "), e.kind())).collect();
     if e.kind() == Usage::InvalidSubcommand {
         let command = Cli::command();
         let names: Vec<_> = command.get_subcommands().filter(|c| !c.is_hide_set()).map(clap::Command::get_name).collect();
@@ -108,12 +107,24 @@ fn usage(e: &clap::Error) -> ExitCode {
     ExitCode::from(EXIT_USAGE)
 }
 
-/// A paragraph of clap's as one line; behind its first line stands a list, when `list`.
-fn one_line(paragraph: &str, list: bool) -> String {
+/// A paragraph of clap's as one line.
+fn sentence(paragraph: &str, kind: Usage) -> String {
     let lines: Vec<String> = paragraph.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     match lines.split_first() {
-        Some((first, rest)) if list && !rest.is_empty() => format!("{first} {}", rest.join(", ")),
-        _ => lines.join(" "),
+        Some((first, missing)) if kind == Usage::MissingRequiredArgument && !missing.is_empty() => {
+            // Which others are needed depends on the one that is chosen.
+            match missing.iter().find(|arg| arg.contains('|')) {
+                Some(choice) => {
+                    let choices = choice.trim_start_matches('<').replace(">>", ">").replace('|', ", ");
+                    format!("error: one of these is needed: {choices}")
+                }
+                None => format!("{first} {}", missing.join(", ")),
+            }
+        }
+        _ => match lines.join(" ").split_once(" [possible values: ") {
+            Some((wrong, values)) => format!("{wrong}; accepted: {}", values.trim_end_matches(']')),
+            None => lines.join(" "),
+        },
     }
 }
 

@@ -76,7 +76,7 @@ impl Grid<'_> {
             text = self.draw(&shown);
         }
         if !out.is_empty() {
-            text += &format!("\nleft out to fit {} columns of text: {}; COLUMNS=200 makes room", width(), out.join(", "));
+            text += &format!("\nleft out to fit {} columns: {}; COLUMNS=200 shows all", width(), out.join(", "));
         }
         text
     }

@@ -143,7 +143,9 @@ fn numbers_of_flags_are_refused_with_what_is_accepted() {
         refused(&["devices", "--threads", bad], &["--threads", &format!("'{bad}'"), "accepted: 1 to 1024"]);
     }
     refused(&["devices", "--threads", "0"], &["threads", "1 and 1024", "got 0"]);
-    refused(&["run"], &["--tensors <FILE>, --out <FILE>, <--block"]);
+    refused(&["run"], &["one of these is needed: --block <FILE>, --checkpoint <DIR>, --problem <PROBLEM>; see"]);
+    refused(&["run", "--block", "b.json"], &["not provided: --tensors <FILE>, --out <FILE>; see"]);
+    refused(&["bench", "--preset", "slow"], &["'slow'", "; accepted: quick, article; see"]);
     refused(&["check", "--jason"], &["--jason", "; a similar argument exists: '--json'"]);
 }
 
