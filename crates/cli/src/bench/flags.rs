@@ -4,59 +4,36 @@ use lawson::{Error, Level, Result};
 
 use super::specs::Study;
 
+/// The flags of a shape.
+const SHAPE: [&str; 9] = ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"];
+
 /// What one study takes.
 struct Takes {
-    /// Flags of those that not every study takes.
-    flags: &'static [&'static str],
+    /// Flags of a shape.
+    shape: &'static [&'static str],
+    /// A flag that few others take.
+    own: Option<&'static str>,
     levels: &'static [Level],
 }
 
 fn takes(study: Study) -> Takes {
     use Level::{Maximal, Minimal, Moderate, Unfused};
-    let (flags, levels): (&[&str], &[Level]) = match study {
-        Study::All => (
-            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory"],
-            &Level::ALL,
-        ),
-        Study::Block => (
-            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
-            &Level::ALL,
-        ),
-        Study::Throughput => (
-            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory"],
-            &Level::ALL,
-        ),
+    let (shape, own, levels): (&[&str], _, &[Level]) = match study {
+        Study::All | Study::Throughput => (&SHAPE, Some("--memory"), &Level::ALL),
+        Study::Block => (&SHAPE, None, &Level::ALL),
         // Without a mask and without a past, as in the article.
-        Study::Qkv => (&["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"], &[Unfused, Minimal]),
+        Study::Qkv => {
+            (&["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"], None, &[Unfused, Minimal])
+        }
         // [B, H, S, past + S] scores in f32.
-        Study::Softmax => (&["--batch", "--seq", "--past", "--heads"], &[Unfused, Minimal, Moderate]),
+        Study::Softmax => (&["--batch", "--seq", "--past", "--heads"], None, &[Unfused, Minimal, Moderate]),
         // [B, S, H, D] in f32.
-        Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], &[Unfused, Maximal]),
-        Study::Attention => (
-            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
-            &[Unfused, Maximal],
-        ),
-        Study::Decode => (
-            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"],
-            &[Maximal],
-        ),
-        Study::Kernels => (
-            &[
-                "--batch",
-                "--seq",
-                "--past",
-                "--hidden",
-                "--heads",
-                "--kv-heads",
-                "--head-dim",
-                "--dtype",
-                "--causal",
-                "--neighbours",
-            ],
-            &[Maximal],
-        ),
+        Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], None, &[Unfused, Maximal]),
+        Study::Attention => (&SHAPE, None, &[Unfused, Maximal]),
+        Study::Decode => (&SHAPE, None, &[Maximal]),
+        Study::Kernels => (&SHAPE, Some("--neighbours"), &[Maximal]),
     };
-    Takes { flags, levels }
+    Takes { shape, own, levels }
 }
 
 /// Checks that `study` takes every one of the flags and has every one of the levels that were given.
@@ -65,8 +42,9 @@ fn takes(study: Study) -> Takes {
 /// `InvalidInput`, naming the first that it does not and what there is.
 pub fn check(study: Study, given: &[&str], levels: &[Level]) -> Result<()> {
     let (takes, name) = (takes(study), study.name());
-    if let Some(flag) = given.iter().find(|flag| !takes.flags.contains(flag)) {
-        let flags = takes.flags.join(", ");
+    let flags: Vec<&str> = takes.shape.iter().copied().chain(takes.own).collect();
+    if let Some(flag) = given.iter().find(|flag| !flags.contains(flag)) {
+        let flags = flags.join(", ");
         return Err(Error::invalid(format!("{flag} means nothing to the study {name}, which takes {flags}")));
     }
     // These read no x: its width only stands in for a number of heads.
