@@ -69,7 +69,7 @@ struct Params {
     int causal;     // 0 or 1
     int window;     // 0: none; else a query at position i sees keys from i − window + 1 on
     int section;    // see above; at least 1
-    int reserved;
+    int tiles;      // of rows, of each pair
 };
 
 // One head of one sequence of the cache. It lies in shared memory, since the main loop has no registers for it.
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill(const
     wait_for_previous_kernel();
 
     // Sections of pairs one after another; within one the last tiles first, which are the longest where the mask is causal.
-    const int pairs = p.batch * p.kv_heads, tiles = gridDim.x / pairs;
+    const int pairs = p.batch * p.kv_heads, tiles = p.tiles;
     const int section = blockIdx.x / (p.section * tiles);
     const int in_section = blockIdx.x - section * p.section * tiles;
     const int width = min(p.section, pairs - section * p.section);

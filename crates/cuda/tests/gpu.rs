@@ -197,7 +197,7 @@ fn kernels_are_compiled_once_and_found_again() {
 fn every_kernel_loads_and_fits() {
     let device = device();
     let folder = scratch("all");
-    let all = instances(device.info().shared_memory_per_block);
+    let all = instances(device.info().compute_capability, device.info().shared_memory_per_block);
     let plan: Vec<Instance> = ["norm", "qkv_epilogue", "attention_prefill", "attention_decode", "residual"]
         .iter()
         .flat_map(|name| all.iter().find(|i| i.source.name == *name).cloned())

@@ -1,11 +1,15 @@
-//! Attention: `cu/attention_prefill.cu`, `cu/attention_decode.cu` on tensor cores, `cu/attention_f32.cu` for f32 and whatever those do not take.
+//! Attention: `cu/attention_prefill.cu` (on Hopper `cu/attention_prefill_sm90.cu`) and `cu/attention_decode.cu` on tensor cores, `cu/attention_f32.cu`
+//! for f32 and whatever those do not take.
 
 use std::fmt::Display;
 
-use lawson_core::{DType, Result, problem::AttentionSpec};
+use lawson_core::{DType, Error, Result, problem::AttentionSpec};
 
-use super::{ATTENTION_DECODE, ATTENTION_F32, ATTENTION_PREFILL, cache::Cache, geometry};
-use crate::{DeviceInfo, Instance, Kernel, KernelParams, Launch, Module};
+use super::{ATTENTION_DECODE, ATTENTION_F32, ATTENTION_PREFILL, ATTENTION_PREFILL_SM90, cache::Cache, geometry};
+use crate::{
+    Device, DeviceInfo, Instance, Kernel, KernelParams, Launch, Module,
+    launch::{Swizzle, TensorMap},
+};
 
 /// Addresses and strides of one call. Strides are in elements.
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,10 +100,21 @@ pub struct PrefillParams {
     pub causal: i32,
     pub window: i32,
     pub section: i32,
-    pub reserved: i32,
+    pub tiles: i32,
 }
 // SAFETY: #[repr(C)], the fields of the source's struct in its order, without padding.
 unsafe impl KernelParams for PrefillParams {}
+
+/// Parameters of `attention_prefill_sm90`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HopperParams {
+    pub k_map: TensorMap,
+    pub v_map: TensorMap,
+    pub call: PrefillParams,
+}
+// SAFETY: #[repr(C)], the fields of the source's struct in its order; the kernel reads no padding, which is at the end.
+unsafe impl KernelParams for HopperParams {}
 
 /// Parameters of `attention_decode`.
 #[repr(C)]
@@ -208,11 +223,11 @@ impl Shape {
 
     /// What is compiled.
     pub fn instance(&self, info: &DeviceInfo) -> Instance {
-        self.instance_for(info.shared_memory_per_block)
+        self.instance_for(info.shared_memory_per_block, is_hopper(info.compute_capability))
     }
 
     /// The same where a block can have `shared` bytes of shared memory.
-    pub(super) fn instance_for(&self, shared: u32) -> Instance {
+    pub(super) fn instance_for(&self, shared: u32, hopper: bool) -> Instance {
         if !self.fits_tensor_cores() {
             let chunked = self.spec.head_dim > 256;
             let padded = if chunked { 256 } else { self.f32_padded() };
@@ -238,6 +253,9 @@ impl Shape {
             macros.extend((usual.map(|u| u.stages) != Some(own.stages)).then_some(("STAGES", own.stages as i64)));
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
+        if hopper && self.hopper_tiles().is_some() {
+            return Instance::new(&ATTENTION_PREFILL_SM90, &macros);
+        }
         let (own, usual) = (self.prefill_tiles(shared), self.prefill_tiles(HOPPER_SHARED));
         macros.extend((usual.keys != own.keys).then_some(("KEYS", own.keys as i64)));
         macros.extend((usual.stages != own.stages).then_some(("STAGES", own.stages as i64)));
@@ -261,6 +279,20 @@ impl Shape {
         if p <= 128 { of(8).or_else(|| of(4)) } else { of(4) }
     }
 
+    /// Tiles of the kernel for Hopper, if it takes the shape.
+    fn hopper_tiles(&self) -> Option<HopperTiles> {
+        let p = self.padded();
+        let (rows, keys) = match p {
+            64 if self.score_features() != 0 => (192, 64),
+            64 => (192, 128),
+            128 => (128, 128),
+            256 => (128, 64),
+            _ => return None,
+        };
+        let shared = 2 * p * (rows + 4 * keys) + 64 + 1024;
+        self.spec.head_dim.is_multiple_of(8).then_some(HopperTiles { rows, keys, shared })
+    }
+
     /// Tiles of the prefill kernel where a block can have `shared` bytes: two stages where two such blocks fit a multiprocessor.
     fn prefill_tiles(&self, shared: u32) -> PrefillTiles {
         let (p, features) = (self.padded(), self.score_features() != 0);
@@ -275,6 +307,20 @@ impl Shape {
         let keys = if bytes(usual, stages) <= shared as usize { usual } else { usual / 2 };
         PrefillTiles { rows, keys, stages, shared: bytes(keys, stages) }
     }
+}
+
+/// What a block of the kernel for Hopper holds.
+#[derive(Clone, Copy, Debug)]
+struct HopperTiles {
+    rows: usize,
+    keys: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
+}
+
+/// Whether a GPU has warpgroup products.
+pub(super) fn is_hopper(compute_capability: (u32, u32)) -> bool {
+    compute_capability == (9, 0)
 }
 
 /// What a block of the decode kernel holds.
@@ -296,6 +342,11 @@ struct PrefillTiles {
     shared: usize,
 }
 
+/// Keys that a query sees, 0 for all.
+fn window(a: &AttentionSpec) -> i32 {
+    a.window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX / 2))
+}
+
 /// The kernel that a shape takes, with its geometry.
 #[derive(Clone, Debug)]
 pub struct Attention {
@@ -306,7 +357,8 @@ pub struct Attention {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Prefill(Kernel<PrefillParams>, Launch),
+    Prefill(Kernel<PrefillParams>, Launch, usize),
+    Hopper(Kernel<HopperParams>, Launch, HopperTiles),
     Decode(Kernel<DecodeParams>, Launch),
     F32 { kernel: Kernel<F32Params>, launch: Launch, merge: Option<Kernel<F32Params>> },
 }
@@ -333,15 +385,66 @@ impl Attention {
             let grid = [shape.splits as u32, (shape.row_tiles() * a.kv_heads) as u32, shape.sequences as u32];
             let launch = Launch::new(grid, 32 * tiles.warps as u32).shared(tiles.shared as u32).overlapping_previous();
             Kind::Decode(module.kernel("attention_decode")?, launch)
+        } else if let Some(tiles) = shape.hopper_tiles().filter(|_| is_hopper(info.compute_capability)) {
+            let blocks = (rows.div_ceil(tiles.rows) * pairs).min(info.multiprocessors as usize);
+            let threads = 128 * (1 + tiles.rows / 64);
+            let launch = Launch::new([blocks as u32, 1, 1], threads as u32).shared(tiles.shared as u32).overlapping_previous();
+            Kind::Hopper(module.kernel("attention_prefill_sm90")?, launch, tiles)
         } else {
             let tiles = shape.prefill_tiles(info.shared_memory_per_block);
             let grid = [(rows.div_ceil(tiles.rows) * pairs) as u32, 1, 1];
             let launch = Launch::new(grid, 128).shared(tiles.shared as u32).overlapping_previous();
-            Kind::Prefill(module.kernel("attention_prefill")?, launch)
+            Kind::Prefill(module.kernel("attention_prefill")?, launch, tiles.rows)
         };
         // So many pairs of sequence and head run side by side that their K and V stay in half of the second-level cache.
         let section = (info.l2_bytes as usize / 2 / (4 * d * shape.rows).max(1)).clamp(1, pairs.max(1));
         Ok(Attention { kind, shape, section })
+    }
+
+    fn prefill_params(&self, c: &Call, rows: usize) -> PrefillParams {
+        let (s, a) = (&self.shape, &self.shape.spec);
+        PrefillParams {
+            q: c.q,
+            out: c.out,
+            lse: c.lse,
+            starts: c.starts,
+            past: c.past,
+            sinks: c.sinks,
+            slopes: c.slopes,
+            mask: c.mask,
+            q_stride: c.q_stride,
+            out_stride: c.out_stride,
+            mask_sequence_stride: c.mask_sequence_stride,
+            mask_head_stride: c.mask_head_stride,
+            mask_row_stride: c.mask_row_stride,
+            cache: c.cache,
+            scale: a.scale() as f32,
+            softcap: a.softcap.map_or(0.0, |c| c.get() as f32),
+            batch: s.sequences as i32,
+            heads: a.heads as i32,
+            kv_heads: a.kv_heads as i32,
+            head_dim: a.head_dim as i32,
+            causal: i32::from(a.causal),
+            window: window(a),
+            section: self.section as i32,
+            tiles: (s.new * a.group()).div_ceil(rows) as i32,
+        }
+    }
+
+    /// Keys and values as the copy engine sees them, in boxes of at most `keys` rows.
+    fn cache_maps(&self, c: &Call, keys: usize, device: &Device) -> Result<(TensorMap, TensorMap)> {
+        let (s, a, cache) = (&self.shape, &self.shape.spec, &c.cache);
+        if [c.q, c.out].iter().any(|p| p % 16 != 0) || [c.q_stride, c.out_stride].iter().any(|s| s % 8 != 0) {
+            return Err(Error::invalid("attention on this GPU: queries and results must be aligned to 16 bytes"));
+        }
+        // A page, or what a sequence has room for.
+        let rows = if cache.table == 0 { cache.head_stride / cache.row_stride.max(1) } else { cache.page.into() }.max(1);
+        let outer = if cache.table == 0 { s.sequences as u64 } else { i32::MAX as u64 };
+        let dims = [a.head_dim as u64, rows as u64, a.kv_heads as u64, outer];
+        let strides = [cache.row_stride, cache.head_stride, cache.sequence_stride].map(|s| 2 * s as u64);
+        let tile = [64, if cache.table == 0 { keys } else { keys.min(rows as usize) } as u32, 1, 1];
+        let map = |base| TensorMap::tiled(device, s.kv_dtype, base, &dims, &strides, &tile, Swizzle::B128);
+        Ok((map(cache.k)?, map(cache.v)?))
     }
 
     /// Launches of one call.
@@ -360,36 +463,16 @@ impl Attention {
         let (s, a) = (&self.shape, &self.shape.spec);
         let scale = a.scale() as f32;
         let softcap = a.softcap.map_or(0.0, |c| c.get() as f32);
-        let window = a.window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX / 2));
+        let window = window(a);
         let (heads, kv_heads, head_dim, causal) = (a.heads as i32, a.kv_heads as i32, a.head_dim as i32, i32::from(a.causal));
         match &self.kind {
-            Kind::Prefill(kernel, launch) => {
-                let params = PrefillParams {
-                    q: c.q,
-                    out: c.out,
-                    lse: c.lse,
-                    starts: c.starts,
-                    past: c.past,
-                    sinks: c.sinks,
-                    slopes: c.slopes,
-                    mask: c.mask,
-                    q_stride: c.q_stride,
-                    out_stride: c.out_stride,
-                    mask_sequence_stride: c.mask_sequence_stride,
-                    mask_head_stride: c.mask_head_stride,
-                    mask_row_stride: c.mask_row_stride,
-                    cache: c.cache,
-                    scale,
-                    softcap,
-                    batch: s.sequences as i32,
-                    heads,
-                    kv_heads,
-                    head_dim,
-                    causal,
-                    window,
-                    section: self.section as i32,
-                    reserved: 0,
-                };
+            Kind::Prefill(kernel, launch, rows) => {
+                // SAFETY: the caller's.
+                unsafe { kernel.launch(launch, &self.prefill_params(c, *rows), problem) }
+            }
+            Kind::Hopper(kernel, launch, tiles) => {
+                let (k_map, v_map) = self.cache_maps(c, tiles.keys, kernel.function().device())?;
+                let params = HopperParams { k_map, v_map, call: self.prefill_params(c, tiles.rows) };
                 // SAFETY: the caller's.
                 unsafe { kernel.launch(launch, &params, problem) }
             }

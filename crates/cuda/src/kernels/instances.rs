@@ -25,8 +25,8 @@ const SCORES: [usize; 6] = [32, 4000, 6000, 10_000, 20_000, 400_000];
 
 /// Every instance that a plan for heads of up to 512 dimensions over a cache of its own dtype may ask for; others are compiled when they are
 /// needed all the same.
-/// `shared` is the most bytes of shared memory of a block. `tests/compile_all.rs` compiles them for every GPU it can.
-pub fn instances(shared: u32) -> Vec<Instance> {
+/// `shared` is the most bytes of shared memory of a block of a GPU of this compute capability. `tests/compile_all.rs` compiles them for every GPU it can.
+pub fn instances(compute_capability: (u32, u32), shared: u32) -> Vec<Instance> {
     let mut all = Vec::new();
     for dtype in DTYPES {
         all.extend(WIDTHS.map(|width| Norm::instance(dtype, width)));
@@ -43,7 +43,7 @@ pub fn instances(shared: u32) -> Vec<Instance> {
     }
     all.extend([1, 2, 4, 8].map(|head_dim| Transpose::instance(DType::BF16, head_dim)));
     all.push(Scores::instance());
-    attention(&mut all, shared);
+    attention(&mut all, shared, attention::is_hopper(compute_capability));
     let mut seen = HashSet::new();
     all.retain(|i| seen.insert(i.clone()));
     all
@@ -54,7 +54,7 @@ fn heads(from: DType, to: DType, head_dim: usize, tokens: usize) -> heads::Shape
     heads::Shape { from, to, kv: to, head_dim, rotary_dim, interleaved, heads: [1, 1, 1], tokens, multiprocessors: 1 }
 }
 
-fn attention(all: &mut Vec<Instance>, shared: u32) {
+fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
     let shape = |head_dim: usize, dtype: DType, new: usize| attention::Shape {
         spec: AttentionSpec::new(1, 1, head_dim),
         dtype,
@@ -67,20 +67,21 @@ fn attention(all: &mut Vec<Instance>, shared: u32) {
         decode: false,
         splits: 1,
     };
-    for head_dim in [32, 64, 80, 96, 128, 192, 256] {
+    // Of the dimensions that kernels are compiled for, and next to them some that the copy engine cannot take.
+    for head_dim in [32, 64, 80, 96, 128, 192, 256, 60, 124, 252] {
         for dtype in NARROW {
             for decode in [false, true] {
                 let plain = attention::Shape { decode, ..shape(head_dim, dtype, 1) };
                 let mut capped = plain.clone();
                 capped.spec.softcap = Real::new(1.0);
-                all.extend([plain, capped].map(|s| s.instance_for(shared)));
+                all.extend([plain, capped].map(|s| s.instance_for(shared, hopper)));
             }
         }
         for new in [1, 32, 64] {
-            all.push(shape(head_dim, DType::F32, new).instance_for(shared));
+            all.push(shape(head_dim, DType::F32, new).instance_for(shared, hopper));
         }
     }
     for dtype in DTYPES {
-        all.extend([1, 32].map(|new| shape(257, dtype, new).instance_for(shared)));
+        all.extend([1, 32].map(|new| shape(257, dtype, new).instance_for(shared, hopper)));
     }
 }
