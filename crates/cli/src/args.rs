@@ -19,7 +19,8 @@ A problem is the word block and then, each at most once:
   bias=qkvo      any of the letters q, k, v, o
   rope=half | rope=interleaved   then ,theta=10000 ,dim=64 and one of ,linear: ,dynamic: ,llama3: ,yarn: ,longrope:
   f32 | bf16 | f16       compute dtype [default: f32]
-  kv=f32 | kv=bf16 | kv=f16   dtype of the cache [default: the compute dtype]";
+  kv=f32 | kv=bf16 | kv=f16   dtype of the cache [default: the compute dtype]
+  page=32 | page=64 | page=128   rows of a page of a paged cache, on a GPU [default: contiguous]";
 
 /// Flags of every command.
 #[derive(Args, Clone, Copy, Debug)]
