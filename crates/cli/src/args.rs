@@ -24,7 +24,10 @@ A problem is the word block and then, each at most once:
                  then ,theta=10000 ,dim=64 and one scaling, such as ,linear:2
   f32 | bf16 | f16
                  compute dtype [default: f32]
-  kv=bf16        dtype of the cache [default: the compute dtype]";
+  kv=bf16        dtype of the cache [default: the compute dtype]
+  page=32 | page=64 | page=128
+                 rows of a page of a paged cache, on a GPU
+                 [default: contiguous]";
 
 /// Flags of every command.
 #[derive(Args, Clone, Copy, Debug)]

@@ -13,8 +13,8 @@ use serde_json::json;
 use crate::{EXIT_FAILED, args::Global, output, signals};
 
 const AFTER_HELP: &str = "\
-Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU;
---device cpu or --device cuda checks one of the two.
+Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU,
+which also reads caches in pages; --device cpu or --device cuda checks one of the two.
 
 Examples:
   lawson check --quick
@@ -33,6 +33,8 @@ pub struct CheckArgs {
 const SEED: u64 = 7;
 /// Random blocks.
 const RANDOM: usize = 60;
+/// Random blocks over a paged cache, on a GPU.
+const PAGED: usize = 48;
 /// One in so many blocks is checked when it must be quick.
 const QUICK_STEP: usize = 12;
 
@@ -43,6 +45,8 @@ const QUICK_STEP: usize = 12;
 pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     let step = if args.quick { QUICK_STEP } else { 1 };
     let problems: Vec<_> = cases::edge_cases().into_iter().chain(cases::random_cases(SEED, RANDOM)).step_by(step).collect();
+    let paged = cases::paged_cases(SEED + 1, PAGED / step);
+    let blocks = |c: &Context| problems.iter().chain(if c.gpu().is_some() { &paged[..] } else { &[] });
     let mut contexts = Vec::new();
     if !matches!(global.device, Device::Cuda(_)) {
         for isa in Isa::available() {
@@ -61,8 +65,8 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     }
     // A GPU's kernels run inside blocks.
     let kernels = |c: &Context| if c.gpu().is_some() { Vec::new() } else { c.backend().kernels() };
-    let count: usize = contexts.iter().map(|c| kernels(c).len()).sum();
-    let bar = output::progress(count + contexts.len() * problems.len(), "checking", global);
+    let count: usize = contexts.iter().map(|c| kernels(c).len() + blocks(c).count()).sum();
+    let bar = output::progress(count, "checking", global);
 
     for context in &contexts {
         for kernel in kernels(context) {
@@ -72,7 +76,7 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
             bar.inc(1);
         }
         bar.set_message(format!("blocks on {}", name(context)));
-        for (i, problem) in problems.iter().enumerate() {
+        for (i, problem) in blocks(context).enumerate() {
             signals::check()?;
             report.merge(check_block(context, problem, SEED + i as u64));
             bar.inc(1);

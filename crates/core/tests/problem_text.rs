@@ -3,18 +3,18 @@
 use lawson_core::{
     DType, ErrorKind,
     problem::{
-        AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling,
-        RopeSpec, Yarn,
+        AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout,
+        RopeScaling, RopeSpec, Yarn,
     },
 };
-use proptest::{collection::vec, option, prelude::*};
+use proptest::{collection::vec, option, prelude::*, sample::select};
 
 fn number(range: std::ops::Range<f64>) -> impl Strategy<Value = Real> {
     range.prop_map(|v| Real::new(v).unwrap())
 }
 
 fn dtype() -> impl Strategy<Value = DType> {
-    prop::sample::select(DType::ALL.to_vec())
+    select(DType::ALL.to_vec())
 }
 
 fn scaling(pairs: usize) -> impl Strategy<Value = RopeScaling> {
@@ -82,14 +82,25 @@ fn block() -> impl Strategy<Value = BlockProblem> {
     let biases = any::<[bool; 4]>().prop_map(|[q, k, v, o]| Biases { q, k, v, o });
     let norms = (option::of(number(0.0..1e-3)), option::of(number(0.0..1e-3)));
     let spec = attention().prop_flat_map(|a| (option::of(rope(a.head_dim)), Just(a)));
-    (spec, 1usize..999, norms, any::<bool>(), biases, batch(), mask(), (dtype(), dtype())).prop_map(
-        |((rope, attention), hidden_size, (qk_norm, input_norm), residual, biases, batch, mask, (dtype, kv_dtype))| {
+    let cache = (dtype(), option::of(select(PAGE_SIZES.to_vec())));
+    (spec, 1usize..999, norms, any::<bool>(), biases, batch(), mask(), (dtype(), cache)).prop_map(
+        |(
+            (rope, attention),
+            hidden_size,
+            (qk_norm, input_norm),
+            residual,
+            biases,
+            batch,
+            mask,
+            (dtype, (kv_dtype, page_size)),
+        )| {
             BlockProblem {
                 spec: BlockSpec { hidden_size, attention, qk_norm, input_norm, residual, rope, biases },
                 batch,
                 mask,
                 dtype,
                 kv_dtype,
+                page_size,
             }
         },
     )
@@ -152,6 +163,7 @@ fn the_documented_lines_are_canonical() {
         "block b=3 s=1,2,3 past=0,5,0 e=64 h=4/2 d=16 full scale=0.2 softcap=20 sinks alibi mask=bh qk_norm=0.000001 input_norm=0.00001 residual bias=qo f32 kv=bf16",
         "block b=1 s=1 past=9 e=64 h=4/4 d=16 causal window=7 mask rope=interleaved,theta=500000,dim=4,longrope:1/1.5:2/4:64:factor=8:attention_factor=1.2 f16",
         "block b=1 s=1 past=9 e=64 h=4/4 d=16 causal rope=half,yarn:4:64:beta_fast=8:beta_slow=2:truncate=false:attention_factor=0.8:mscale=0.7:mscale_all_dim=1.3 f32",
+        "block b=8 s=1 past=4096 e=4096 h=32/8 d=128 causal rope=half bf16 kv=f16 page=64",
     ] {
         assert_eq!(line.parse::<BlockProblem>().unwrap().to_string(), line);
     }
@@ -192,6 +204,8 @@ fn errors_name_the_token_and_what_is_accepted() {
         ("block b=1 s=4 e=64 h=4 bias=qq", &["'bias=qq'", "each once"]),
         ("block b=1 s=4 e=64 h=4 mask=x", &["'mask=x'", "mask=bh"]),
         ("block b=1 s=4 e=64 h=4 kv=f64", &["'kv=f64'", "bf16"]),
+        ("block b=1 s=4 e=64 h=4 page=63", &["63 rows", "32, 64, 128"]),
+        ("block b=1 s=4 e=64 h=4 page=", &["'page='", "whole numbers"]),
         ("block b=1 s=4 e=64 h=4 full window=3", &["sliding_window"]),
         ("block b=1 s=4 e=64 h=4 rope=round", &["rope", "'round'", "interleaved"]),
         ("block b=1 s=4 e=64 h=4 rope=half:theta=3", &["'half:theta=3'", "rope=half,theta=500000"]),
@@ -201,6 +215,7 @@ fn errors_name_the_token_and_what_is_accepted() {
         ("attention b=1 s=4 h=4", &["'d='", "missing"]),
         ("attention b=1 s=4 h=4 d=16 residual", &["unknown token 'residual'"]),
         ("gemm b=1", &["block", "starts with", "'gemm'"]),
+        ("attention b=1 s=4 h=4 d=16 page=64", &["unknown token 'page=64'"]),
         ("", &["nothing"]),
     ] {
         let error = match line.starts_with("attention") {

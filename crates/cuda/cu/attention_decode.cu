@@ -12,8 +12,7 @@
 // The last block to arrive merges the parts in the order of the splits; the result does not depend on which one that is.
 // Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); online softmax: softmax_state.cuh.
 //
-// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), PAGED (0, 1; pages of 16 rows or
-// more), SCORE_FEATURES (0: softcap, alibi and mask below must be 0 or null; 1: each is a run-time switch). May be given: WARPS, and STAGES, at least 2.
+// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), SCORE_FEATURES (0: softcap, alibi and mask below must be 0 or null; 1: each is a run-time switch). May be given: WARPS, and STAGES, at least 2.
 //
 // Launch:
 //   WARPS   P ≤ 128 ? 8 : 4: one block fills an SM with copies on their way, from as few places in memory as possible
@@ -105,20 +104,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     }
 
     const unsigned warp_shared = shared_address(shared) + warp * WARP_BYTES;
-    const long long head_offset = g * p.cache.head_stride + (PAGED ? 0 : b * p.cache.sequence_stride);
+    const bool paged = p.cache.table;
+    const long long head_offset = g * p.cache.head_stride + (paged ? 0 : b * p.cache.sequence_stride);
     const unsigned short* const k_head = (const unsigned short*)p.cache.k + head_offset;
     const unsigned short* const v_head = (const unsigned short*)p.cache.v + head_offset;
     const bool kv_wide = (((unsigned long long)p.cache.k | (unsigned long long)p.cache.v) % 16 == 0) && p.head_dim % 8 == 0 &&
                          (p.cache.sequence_stride | p.cache.head_stride | p.cache.row_stride) % 8 == 0;
-    // Where a step's first key lies, from the head's base; a step lies in one page.
+    // Where a step's first key lies, from the head's base; a page has whole steps.
     const auto step_offset = [&](int step) -> long long {
         const int j = keys_begin + step * STEP;
-#if PAGED
-        const int shift = 31 - __clz(p.cache.page);
-        return __ldg(p.cache.table + (long long)b * p.cache.table_stride + (j >> shift)) * p.cache.sequence_stride + (j & (p.cache.page - 1)) * p.cache.row_stride;
-#else
-        return j * p.cache.row_stride;
-#endif
+        return paged ? cache_row<1>(p.cache, b, 0, j) : j * p.cache.row_stride;
     };
     const auto load_step = [&](int step, long long offset, int stage) {
         const unsigned to = warp_shared + stage * STAGE_BYTES;

@@ -11,10 +11,10 @@
 // the exponentials of the others.
 // FlashAttention-3 (arXiv:2407.08608); online softmax (arXiv:1805.02867); the rarely moving reference: softmax_state.cuh.
 //
-// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (64, 128 or 256, at least D), PAGED (0, 1), SCORE_FEATURES (as in attention_prefill.cu).
+// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (64, 128 or 256, at least D), SCORE_FEATURES (as in attention_prefill.cu).
 //
 // Needs: D a multiple of 8; q, out, k, v and all strides of them multiples of 16 bytes; sm_90a.
-// k_map, v_map: K and V as [B or pages, G, rows, D], boxes of 64 columns by min(KEYS, page or KEYS) rows, swizzled by 128 bytes.
+// k_map, v_map: K and V as [B or pages, G, rows, D], boxes of 64 columns by KEYS rows, or a page where that is less, swizzled by 128 bytes.
 //
 // Launch, for P = HEAD_DIM_PADDED:
 //   block   128 · (1 + ROWS / 64) threads
@@ -137,7 +137,8 @@ struct Barriers {
 };
 
 __device__ __forceinline__ void copy_keys(const Params& p, unsigned tiles, const Barriers& barriers) {
-    const int box = PAGED ? min(p.cache.page, KEYS) : KEYS;
+    const bool paged = p.cache.table != nullptr;
+    const int box = paged ? min(p.cache.page, KEYS) : KEYS;
     Ring ring;
     Items items;
     for (Item item; items.next(p, item);) {
@@ -152,7 +153,7 @@ __device__ __forceinline__ void copy_keys(const Params& p, unsigned tiles, const
                 const unsigned to = tiles + (which * STAGES + ring.stage()) * TILE_BYTES;
                 for (int i = 0; i < boxes; ++i) {
                     int row = first + i * box, outer = item.b;
-                    if (PAGED) {
+                    if (paged) {
                         outer = __ldg(p.cache.table + (long long)item.b * p.cache.table_stride + row / p.cache.page);
                         row %= p.cache.page;
                     }

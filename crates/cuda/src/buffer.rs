@@ -380,8 +380,23 @@ impl Staging {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] when `data` is larger than a piece or does not fit.
     pub fn send<T: Element>(&self, to: &DeviceBuffer, offset: usize, data: &[T]) -> Result<()> {
-        let bytes = size_of_val(data);
-        let address = to.range(offset, bytes)?;
+        self.send_all(to, std::iter::once((offset, data)))
+    }
+
+    /// As [`Staging::send`], of several (offset, data) in one turn.
+    ///
+    /// # Errors
+    /// As [`Staging::send`], where all data together are the piece; nothing is enqueued then.
+    pub fn send_all<'a, T: Element + 'a>(
+        &self,
+        to: &DeviceBuffer,
+        all: impl Iterator<Item = (usize, &'a [T])> + Clone,
+    ) -> Result<()> {
+        let mut bytes = 0usize;
+        for (offset, data) in all.clone() {
+            to.range(offset, size_of_val(data))?;
+            bytes = bytes.saturating_add(size_of_val(data));
+        }
         if bytes > self.bytes {
             return Err(Error::invalid(format!("{bytes} bytes in staging pieces of {}", self.bytes)));
         }
@@ -393,17 +408,27 @@ impl Staging {
         let turn = turns.next;
         // An event that was never recorded counts as done.
         turns.done[turn].synchronize()?;
-        // SAFETY: `turn` is less than the number of pieces, so the piece lies in the memory; nobody else reaches it under the lock, and the copy
-        // from it made a round ago is done.
-        let piece = unsafe { self.memory.add(turn * self.bytes) }.as_ptr();
-        // SAFETY: `data` has `bytes` bytes, the piece at least as many, and they are apart, since the piece is handed to nobody.
-        unsafe { ptr::copy_nonoverlapping(data.as_ptr().cast::<u8>(), piece, bytes) };
-        // SAFETY: `range` says that the destination lies in `to`; the piece is not touched before the event below, and `drop` waits.
-        let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(address, piece.cast(), bytes, self.device.raw_stream()) };
-        check(copied, || format!("copying {} to the GPU", human(bytes as u64)))?;
+        let mut used = 0;
+        let copied = all.filter(|(_, data)| size_of_val(*data) > 0).try_for_each(|(offset, data)| {
+            let size = size_of_val(data);
+            let address = to.range(offset, size)?;
+            if size > self.bytes - used {
+                return Err(Error::invalid(format!("more than the {bytes} bytes that were counted")));
+            }
+            // SAFETY: `turn` is less than the number of pieces and `used` at most their size, so the place lies in the memory; nobody else reaches
+            // it under the lock, and the copies from it made a round ago are done.
+            let place = unsafe { self.memory.add(turn * self.bytes + used) }.as_ptr();
+            used += size;
+            // SAFETY: `data` has `size` bytes, the piece has as many left, and they are apart, since the piece is handed to nobody.
+            unsafe { ptr::copy_nonoverlapping(data.as_ptr().cast::<u8>(), place, size) };
+            // SAFETY: `range` says that the destination lies in `to`; the place is not touched before the event below, and `drop` waits.
+            let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(address, place.cast(), size, self.device.raw_stream()) };
+            check(copied, || format!("copying {} to the GPU", human(size as u64)))
+        });
+        // Also behind copies that were enqueued before one failed.
         turns.done[turn].record_here()?;
         turns.next = (turn + 1) % turns.done.len();
-        Ok(())
+        copied
     }
 }
 

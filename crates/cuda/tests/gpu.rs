@@ -451,6 +451,18 @@ fn memory_is_accounted_exactly_and_refused_in_time() {
     let mut got = [0i32; 3];
     to.read_at(4, &mut got).expect("read");
     assert_eq!(got, [99, 100, 101]);
+    for i in 0..10i32 {
+        let (a, b) = ([i, i + 1], [i + 2]);
+        staging.send_all(&to, [(20, &a[..]), (0, &[]), (32, &b[..])].into_iter()).expect("sent");
+    }
+    let (mut pair, mut one) = ([0i32; 2], [0i32; 1]);
+    to.read_at(20, &mut pair).expect("read");
+    to.read_at(32, &mut one).expect("read");
+    assert_eq!((pair, one), ([9, 10], [11]));
+    assert!(staging.send_all(&to, [(0, &[0i32; 9][..]), (0, &[0i32; 8][..])].into_iter()).is_err(), "more than a piece");
+    assert!(staging.send_all(&to, [(0, &[1i32][..]), (64, &[0i32][..])].into_iter()).is_err(), "behind the buffer");
+    to.read_at(4, &mut got).expect("read");
+    assert_eq!(got, [99, 100, 101], "what is refused sends nothing");
     assert!(staging.send(&to, 0, &[0u8; 65]).is_err() && staging.send(&to, 60, &[0u64]).is_err());
     let copy = device.alloc(12).expect("memory");
     copy.copy_from(0, &to, 4, 12).expect("copied");

@@ -20,11 +20,12 @@ use lawson_cpu::{
 use lawson_cuda::{
     DeviceBuffer, Gpu,
     executor::{Captured, MaskAt, Operands as DeviceOperands},
+    kernels::cache::Cache,
     weights::{DeviceWeights, Given},
 };
 
 use crate::{
-    BlockWeights, Checkpoint, Context,
+    BlockWeights, Checkpoint, Context, PagePool,
     context::{Call, lock},
     kv_cache::{Batch, KvCache, LayerCache},
     tensor::{DeviceTensor, Tensor},
@@ -277,21 +278,24 @@ impl AttentionBlock {
         }
     }
 
-    /// The plan of a call with `new[b]` new tokens behind `past[b]` rows of sequence b.
+    /// The plan of a call with `new[b]` new tokens behind `past[b]` rows of sequence b of a contiguous cache.
     ///
     /// # Errors
     /// `InvalidInput` when the lengths do not fit each other or are too large.
     pub fn plan(&self, new: &[usize], past: &[usize], mask: Option<MaskShape>, kv_dtype: DType) -> Result<Arc<BlockPlan>> {
         let batch = Lengths::ragged(new.to_vec(), past.to_vec())?;
-        let problem = BlockProblem { spec: self.inner.spec.clone(), batch, mask, dtype: self.inner.dtype, kv_dtype };
+        let (spec, dtype) = (self.inner.spec.clone(), self.inner.dtype);
+        let problem = BlockProblem { spec, batch, mask, dtype, kv_dtype, page_size: None };
         self.inner.context.plan(&problem, self.level)
     }
 
     /// Computes y and writes the new rows of k and v behind the cache's valid rows, which [`crate::KvCache::commit`] then makes valid.
-    /// Allocates nothing once a call of the same shape has run.
+    /// Allocates nothing once a call of the same shape has run. Sequences of a paged cache take the pages that the new rows need; a call
+    /// that fails takes none.
     ///
     /// # Errors
-    /// `InvalidInput` when a shape or dtype does not fit, or the cache has no room: nothing is written then. `OutOfMemory`.
+    /// `InvalidInput` when a shape or dtype does not fit, or the cache has no room: nothing is written then. `OutOfMemory`, also when too
+    /// few of the pool's pages are free.
     pub fn forward(&self, args: Args<'_>) -> Result<()> {
         self.run(args, &mut |_, _| {}).map(drop)
     }
@@ -367,15 +371,20 @@ impl AttentionBlock {
         cache.check(args.batch)?;
         let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
         let mask = args.mask.map(|m| m.check(new.len(), a.heads, new.iter().copied().max().unwrap_or(0), longest)).transpose()?;
-        let call = Call { spec, new, past: cache.lengths(), mask, dtype: inner.dtype, kv_dtype: cache.dtype() };
+        let (dtype, kv_dtype, page_size) = (inner.dtype, cache.dtype(), cache.pool().map(PagePool::page_size));
+        let call = Call { spec, new, past: cache.lengths(), mask, dtype, kv_dtype, page_size };
         let plan = inner.context.plan_call(&call, self.level)?;
         let frequencies = inner.frequencies(longest);
         let packed = match &inner.packed {
             Packed::Cpu(packed) => packed,
             Packed::Gpu(weights) => {
-                let frequencies = frequencies.as_deref();
-                inner.run_on_gpu(&plan, weights, args, frequencies, monitor)?;
-                return Ok(plan);
+                let rows = args.cache.device_rows(&inner.context)?;
+                args.cache.reserve(args.batch)?;
+                let enqueued = inner.run_on_gpu(&plan, weights, &mut args, rows, frequencies.as_deref(), monitor);
+                if enqueued.is_err() {
+                    args.cache.undo_reserve();
+                }
+                return enqueued.map(|()| plan);
             }
         };
         let stride = spec.hidden_size;
@@ -400,8 +409,8 @@ impl AttentionBlock {
     }
 }
 
-/// A call of a block on a GPU, kept as a CUDA graph with the memory it works on. One graph serves a growing cache: lengths are read from
-/// device memory.
+/// A call of a block on a GPU, kept as a CUDA graph with the memory it works on. One graph serves a growing cache: lengths, and the table of
+/// a paged cache, are read from device memory.
 pub struct CapturedCall {
     /// Dropped before the memory that it works on.
     captured: Captured,
@@ -456,9 +465,9 @@ impl AttentionBlock {
         };
         let new = batch.new_tokens();
         let room: Vec<usize> = new.iter().map(|n| cache.capacity() - n).collect();
-        let (dtype, kv_dtype) = (inner.dtype, cache.dtype());
-        let plan =
-            inner.context.plan_exactly(&Call { spec: &inner.spec, new, past: &room, mask: None, dtype, kv_dtype }, self.level)?;
+        let (dtype, kv_dtype, page_size) = (inner.dtype, cache.dtype(), cache.pool().map(PagePool::page_size));
+        let call = Call { spec: &inner.spec, new, past: &room, mask: None, dtype, kv_dtype, page_size };
+        let plan = inner.context.plan_exactly(&call, self.level)?;
         let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
         let frequencies = inner.frequencies(longest);
         let rows = cache.layer(layer).device_rows(&inner.context)?;
@@ -483,9 +492,18 @@ impl CapturedCall {
     /// Enqueues the call behind the cache's valid rows; [`KvCache::commit`] makes the new ones valid.
     ///
     /// # Errors
-    /// `InvalidInput` when the cache has no room, `Device`.
+    /// `InvalidInput` when the cache has no room, `OutOfMemory` when too few of the pool's pages are free, `Device`.
     pub fn replay(&mut self) -> Result<()> {
-        self.cache.check(&self.batch)?;
+        self.cache.reserve(&self.batch)?;
+        let enqueued = self.enqueue();
+        if enqueued.is_err() {
+            self.cache.undo_reserve();
+        }
+        enqueued
+    }
+
+    /// [`CapturedCall::replay`] where the cache has the pages it needs.
+    fn enqueue(&mut self) -> Result<()> {
         if let Some(rope) = &self.block.inner.spec.rope {
             let longest = self.batch.new_tokens().iter().zip(self.cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
             if rope.length_key(longest) != self.length_key {
@@ -591,12 +609,13 @@ impl Inner {
         }
     }
 
-    /// Enqueues the call. Host tensors go to the device and back, which waits; tensors on the device stay there.
+    /// Enqueues the call, for whose new rows the cache has room. Host tensors go to the device and back, which waits; tensors on the device stay there.
     fn run_on_gpu(
         &self,
         plan: &BlockPlan,
         weights: &DeviceWeights,
-        mut args: Args<'_>,
+        args: &mut Args<'_>,
+        cache: Cache,
         frequencies: Option<&RopeFrequencies>,
         monitor: &mut dyn FnMut(usize, usize),
     ) -> Result<()> {
@@ -623,7 +642,7 @@ impl Inner {
             y,
             new: args.batch.new_tokens(),
             past: args.cache.cache().lengths(),
-            cache: args.cache.device_rows(&self.context)?,
+            cache,
             mask: mask.as_ref().map(|(buffer, rows)| MaskAt {
                 address: buffer.ptr(),
                 sequence_stride: rows.sequence_stride as i64,

@@ -6,7 +6,7 @@ use lawson_core::{
     problem::{BlockProblem, Level},
 };
 
-use crate::{Args, AttentionBlock, Batch, BlockWeights, Context, KvCache, MaskRef, tensor::Tensor};
+use crate::{Args, AttentionBlock, Batch, BlockWeights, Context, KvCache, MaskRef, PagePool, tensor::Tensor};
 
 /// A block, its cache with the past rows, and its input.
 pub struct PreparedCall {
@@ -26,7 +26,7 @@ impl PreparedCall {
     /// Packs the weights of `data` and fills a cache with its past.
     ///
     /// # Errors
-    /// `InvalidInput` when `data` does not fit `problem`, `OutOfMemory`.
+    /// `InvalidInput` when `data` does not fit `problem`, `OutOfMemory`; `Unavailable` for a paged cache on a CPU.
     pub fn new(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>) -> Result<Self> {
         problem.validate()?;
         let weights = BlockWeights::from_data(&problem.spec, data)?;
@@ -34,7 +34,14 @@ impl PreparedCall {
         let (batch, a) = (Batch::ragged(problem.batch.new_tokens().to_vec())?, &problem.spec.attention);
         let sequences = problem.batch.sequences();
         let rows = data.cache_rows(problem);
-        let mut cache = KvCache::new(context, a, 1, sequences, rows, problem.kv_dtype)?;
+        let mut cache = match problem.page_size {
+            None => KvCache::new(context, a, 1, sequences, rows, problem.kv_dtype)?,
+            Some(page_size) => {
+                let pages = sequences * rows.div_ceil(page_size);
+                let pool = PagePool::new(context, a, 1, pages, page_size, problem.kv_dtype)?;
+                KvCache::paged(&pool, sequences, rows)?
+            }
+        };
         let one = a.kv_heads * data.past_rows * a.head_dim;
         for (b, &past) in problem.batch.past().iter().enumerate() {
             let part = |v: &'_ [f32]| v.get(b * one..(b + 1) * one).unwrap_or_default().to_vec();
@@ -85,7 +92,7 @@ impl PreparedCall {
 /// Computes `data` with a block made for it, at `level` or the planner's choice.
 ///
 /// # Errors
-/// `InvalidInput` when `data` does not fit `problem`, `OutOfMemory`.
+/// As [`PreparedCall::new`] and [`AttentionBlock::forward`].
 pub fn compute(context: &Context, problem: &BlockProblem, level: Option<Level>, data: &BlockData) -> Result<BlockOutput> {
     let mut call = PreparedCall::new(context, problem, data, level)?;
     // NaN, so that an element that no step writes cannot pass for a result.

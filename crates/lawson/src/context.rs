@@ -227,11 +227,11 @@ impl Context {
     /// a plan serves a growing cache.
     ///
     /// # Errors
-    /// `InvalidInput` when the problem is not valid.
+    /// `InvalidInput` when the problem is not valid; `Unavailable` for a paged cache on a CPU.
     pub fn plan(&self, problem: &BlockProblem, level: Option<Level>) -> Result<Arc<BlockPlan>> {
-        let BlockProblem { spec, batch, mask, dtype, kv_dtype } = problem;
+        let &BlockProblem { ref spec, ref batch, mask, dtype, kv_dtype, page_size } = problem;
         let (new, past) = (batch.new_tokens(), batch.past());
-        self.plan_call(&Call { spec, new, past, mask: *mask, dtype: *dtype, kv_dtype: *kv_dtype }, level)
+        self.plan_call(&Call { spec, new, past, mask, dtype, kv_dtype, page_size }, level)
     }
 
     /// As [`Context::plan`], without a problem of its own: allocates nothing when the plan is kept.
@@ -262,6 +262,7 @@ impl Context {
             mask: call.mask,
             dtype: call.dtype,
             kv_dtype: call.kv_dtype,
+            page_size: call.page_size,
         };
         let scratch: &dyn Scratch = if self.0.gpu.is_some() { &NoScratch } else { &CpuScratch(&self.0.cpu) };
         let planner = Planner { machine: &self.0.machine, kernels: &self.0.kernels, scratch };
@@ -288,13 +289,14 @@ pub(crate) struct Call<'a> {
     pub mask: Option<MaskShape>,
     pub dtype: DType,
     pub kv_dtype: DType,
+    pub page_size: Option<usize>,
 }
 
 impl Call<'_> {
     fn fits(&self, p: &BlockProblem) -> bool {
         self.new == p.batch.new_tokens()
             && self.past.iter().zip(self.new).map(|(&p, &n)| planned_past(p, n)).eq(p.batch.past().iter().copied())
-            && (self.mask, self.dtype, self.kv_dtype) == (p.mask, p.dtype, p.kv_dtype)
+            && (self.mask, self.dtype, self.kv_dtype, self.page_size) == (p.mask, p.dtype, p.kv_dtype, p.page_size)
             && *self.spec == p.spec
     }
 }

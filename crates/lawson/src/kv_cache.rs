@@ -2,9 +2,12 @@
 
 use lawson_core::{DType, Error, Result, problem::AttentionSpec};
 use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows, machine};
-use lawson_cuda::{DeviceBuffer, kernels::cache::Cache, weights};
+use lawson_cuda::{DeviceBuffer, Staging, kernels::cache::Cache, weights};
 
-use crate::Context;
+use crate::{
+    Context,
+    pages::{BlockTable, PagePool},
+};
 
 /// New tokens of each sequence of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,7 +46,11 @@ impl Batch {
     }
 }
 
-/// Keys and values of every layer of a model, for B sequences of up to a fixed number of rows.
+/// Block tables that may be on their way to the device at once.
+const TABLES_UNDER_WAY: usize = 4;
+
+/// Keys and values of every layer of a model, for B sequences of up to a fixed number of rows: contiguous ([`KvCache::new`]), or in pages
+/// of a [`PagePool`] ([`KvCache::paged`]).
 ///
 /// All layers share the sequences' lengths. A call of a block writes its layer's new rows behind them; [`KvCache::commit`] makes them
 /// valid after the last layer, so that a failed call changes nothing.
@@ -53,7 +60,7 @@ pub struct KvCache {
     layers: usize,
     kv_heads: usize,
     head_dim: usize,
-    /// Rows that each sequence has room for, whole tiles.
+    /// Rows that lie one behind another: of a page, or all that a sequence has room for, whole tiles.
     rows: usize,
     capacity: usize,
     lengths: Vec<usize>,
@@ -62,6 +69,30 @@ pub struct KvCache {
 enum Place {
     Host(AlignedBytes),
     Device(DeviceBuffer),
+    Pages(Pages),
+}
+
+/// Pages of the sequences, with the table that kernels find them by.
+struct Pages {
+    table: BlockTable,
+    pool: PagePool,
+    /// The table on the device, [B, columns].
+    on_device: DeviceBuffer,
+    staging: Staging,
+}
+
+impl Pages {
+    /// Takes the pages that are missing for sequence b to have `rows[b]` rows, and enqueues sending what is new in the table.
+    fn reserve(&mut self, rows: impl Iterator<Item = usize> + Clone) -> Result<()> {
+        self.table.reserve(rows)?;
+        let unsent = self.table.unsent().map(|(at, entries)| (at * size_of::<i32>(), entries));
+        if let Err(e) = self.staging.send_all(&self.on_device, unsent) {
+            self.table.undo();
+            return Err(e);
+        }
+        self.table.set_sent();
+        Ok(())
+    }
 }
 
 impl KvCache {
@@ -105,6 +136,47 @@ impl KvCache {
         Ok(KvCache { memory, dtype, layers, kv_heads, head_dim, rows, capacity, lengths: vec![0; sequences] })
     }
 
+    /// An empty cache for `sequences` sequences of up to `capacity` rows in pages of `pool`, which decides geometry and dtype.
+    ///
+    /// A sequence takes pages when a call of a block, [`KvCache::commit`] or [`KvCache::import`] needs rows behind its last one. It gives back
+    /// those that it no longer needs when it is truncated, and all when the cache is reset or dropped. The capacity reserves nothing but its
+    /// entries in the block table.
+    ///
+    /// ```no_run
+    /// use lawson::{AttentionSpec, Context, ContextOptions, DType, Device, KvCache, PagePool};
+    ///
+    /// let context = Context::new(ContextOptions { device: Device::Cuda(0), ..Default::default() })?;
+    /// // 4096 pages of 64 rows for a model of 32 layers with 8 key/value heads of 128 dimensions: 32 GiB.
+    /// let pool = PagePool::new(&context, &AttentionSpec::new(32, 8, 128), 32, 4096, 64, DType::BF16)?;
+    /// // Any sequence of either cache may grow to 131072 rows, as long as there are pages.
+    /// let long = KvCache::paged(&pool, 4, 131_072)?;
+    /// let short = KvCache::paged(&pool, 64, 131_072)?;
+    /// # Ok::<(), lawson::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidInput` when a number is 0 or too large; `OutOfMemory` when the block table does not fit.
+    pub fn paged(pool: &PagePool, sequences: usize, capacity: usize) -> Result<Self> {
+        if sequences == 0 || capacity == 0 {
+            return Err(Error::invalid(format!(
+                "a cache needs at least 1 sequence and 1 row, got {sequences} and a capacity of {capacity}"
+            )));
+        }
+        let table = BlockTable::new(pool.free(), sequences, capacity)?;
+        let (device, bytes) = (pool.memory().device(), table.len() * size_of::<i32>());
+        let (on_device, staging) = (device.alloc(bytes)?, Staging::new(device, bytes, TABLES_UNDER_WAY)?);
+        Ok(KvCache {
+            dtype: pool.dtype(),
+            layers: pool.layers(),
+            kv_heads: pool.kv_heads(),
+            head_dim: pool.head_dim(),
+            rows: pool.page_size(),
+            capacity,
+            lengths: vec![0; sequences],
+            memory: Place::Pages(Pages { table, pool: pool.clone(), on_device, staging }),
+        })
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -129,11 +201,19 @@ impl KvCache {
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
-    /// Bytes held.
+    /// The pool that its pages are of, where it is paged.
+    pub fn pool(&self) -> Option<&PagePool> {
+        match &self.memory {
+            Place::Pages(p) => Some(&p.pool),
+            _ => None,
+        }
+    }
+    /// Bytes held: of its pages, where it is paged.
     pub fn bytes(&self) -> usize {
         match &self.memory {
             Place::Host(m) => m.len(),
             Place::Device(m) => m.bytes(),
+            Place::Pages(p) => p.table.pages() * (p.pool.bytes() / p.pool.pages()),
         }
     }
 
@@ -141,7 +221,7 @@ impl KvCache {
     pub fn memory(&self) -> Option<machine::Memory<'_>> {
         match &self.memory {
             Place::Host(m) => Some(machine::Memory::from(m)),
-            Place::Device(_) => None,
+            Place::Device(_) | Place::Pages(_) => None,
         }
     }
 
@@ -157,7 +237,7 @@ impl KvCache {
     /// Checks that `batch` has this cache's sequences and that its rows fit behind the valid ones.
     ///
     /// # Errors
-    /// `InvalidInput`, naming the sequence.
+    /// `InvalidInput`, naming the sequence; `OutOfMemory` when too few of the pool's pages are free.
     pub fn check(&self, batch: &Batch) -> Result<()> {
         let new = batch.new_tokens();
         if new.len() != self.lengths.len() {
@@ -171,20 +251,42 @@ impl KvCache {
                 )));
             }
         }
-        Ok(())
+        match &self.memory {
+            Place::Pages(p) => p.table.check(ends(&self.lengths, batch)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the pages that a call with `batch` writes to, where the cache is paged, and enqueues sending the block table.
+    ///
+    /// # Errors
+    /// As [`KvCache::check`], and `Device`; nothing changes then.
+    pub(crate) fn reserve(&mut self, batch: &Batch) -> Result<()> {
+        self.check(batch)?;
+        match &mut self.memory {
+            Place::Pages(p) => p.reserve(ends(&self.lengths, batch)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives back the pages that the last [`KvCache::reserve`] took, after a call that failed.
+    pub(crate) fn undo_reserve(&mut self) {
+        if let Place::Pages(p) = &mut self.memory {
+            p.table.undo();
+        }
     }
 
     /// Makes the rows that calls with `batch` wrote valid, in every layer.
     ///
     /// # Errors
-    /// `InvalidInput` as [`KvCache::check`]; nothing changes then.
+    /// As [`KvCache::check`]; nothing changes then.
     pub fn commit(&mut self, batch: &Batch) -> Result<()> {
-        self.check(batch)?;
+        self.reserve(batch)?;
         self.lengths.iter_mut().zip(batch.new_tokens()).for_each(|(len, n)| *len += n);
         Ok(())
     }
 
-    /// Shortens sequence `b` to `len` rows.
+    /// Shortens sequence `b` to `len` rows; pages that hold none of them go back to the pool.
     ///
     /// # Errors
     /// `InvalidInput` when there is no such sequence or it is shorter.
@@ -194,12 +296,18 @@ impl KvCache {
             Some(l) => return Err(Error::invalid(format!("sequence {b} has {l} rows and cannot be truncated to {len}"))),
             None => return Err(Error::invalid(format!("sequence {b} of a cache of {} sequences", self.lengths.len()))),
         }
+        if let Place::Pages(p) = &mut self.memory {
+            p.table.truncate(b, len);
+        }
         Ok(())
     }
 
-    /// Empties every sequence.
+    /// Empties every sequence; all pages go back to the pool.
     pub fn reset(&mut self) {
         self.lengths.fill(0);
+        if let Place::Pages(p) = &mut self.memory {
+            (0..self.lengths.len()).for_each(|b| p.table.truncate(b, 0));
+        }
     }
 
     /// Copies of the first `rows` rows of sequence `b` in `layer`, each [G, rows, D] as f32: keys, values. Rows behind the valid ones that
@@ -209,13 +317,22 @@ impl KvCache {
     /// `InvalidInput` when layer, sequence or rows are out of range; `Device` when the device failed.
     pub fn export(&self, layer: usize, b: usize, rows: usize) -> Result<(Vec<f32>, Vec<f32>)> {
         self.check_rows(layer, b, rows)?;
-        if let Place::Device(memory) = &self.memory {
+        if let Place::Pages(p) = &self.memory
+            && p.table.rows(b) < rows
+        {
+            return Err(Error::invalid(format!("{rows} rows of sequence {b}, which has pages for {}", p.table.rows(b))));
+        }
+        if let Some(memory) = self.device_memory() {
+            let row_bytes = self.head_dim * self.dtype.size();
             let copy = |keys: bool| -> Result<Vec<f32>> {
                 let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
-                let mut bytes = vec![0u8; rows * self.head_dim * self.dtype.size()];
+                let mut bytes = vec![0u8; rows.min(self.rows) * row_bytes];
                 for g in 0..self.kv_heads {
-                    memory.read_at(self.offset(layer, keys, b, g) * self.dtype.size(), &mut bytes)?;
-                    out.extend(weights::decode(&bytes, self.dtype));
+                    for first in (0..rows).step_by(self.rows) {
+                        let run = &mut bytes[..(rows - first).min(self.rows) * row_bytes];
+                        memory.read_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), run)?;
+                        out.extend(weights::decode(run, self.dtype));
+                    }
                 }
                 Ok(out)
             };
@@ -258,7 +375,8 @@ impl KvCache {
     /// sequence then has `rows` valid rows, in every layer.
     ///
     /// # Errors
-    /// `InvalidInput` when layer, sequence, rows or a length is out of range.
+    /// `InvalidInput` when layer, sequence, rows or a length is out of range; `OutOfMemory` when too few of the pool's pages are free;
+    /// `Device`.
     pub fn import(&mut self, layer: usize, b: usize, rows: usize, k: &[f32], v: &[f32]) -> Result<()> {
         self.check_rows(layer, b, rows)?;
         let need = self.kv_heads * rows * self.head_dim;
@@ -269,15 +387,24 @@ impl KvCache {
                 v.len()
             )));
         }
-        if let Place::Device(memory) = &self.memory {
-            let slab = rows * self.head_dim;
+        if let Place::Pages(p) = &mut self.memory {
+            p.reserve((0..self.lengths.len()).map(|i| if i == b { rows } else { 0 }))?;
+        }
+        if let Some(memory) = self.device_memory() {
+            let d = self.head_dim;
             for g in 0..self.kv_heads {
                 for (keys, from) in [(true, k), (false, v)] {
-                    let bytes = weights::encode(&from[g * slab..(g + 1) * slab], self.dtype);
-                    memory.write_at(self.offset(layer, keys, b, g) * self.dtype.size(), &bytes)?;
+                    for first in (0..rows).step_by(self.rows) {
+                        let end = rows.min(first + self.rows);
+                        let bytes = weights::encode(&from[(g * rows + first) * d..(g * rows + end) * d], self.dtype);
+                        memory.write_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), &bytes)?;
+                    }
                 }
             }
             self.lengths[b] = rows;
+            if let Place::Pages(p) = &mut self.memory {
+                p.table.truncate(b, rows);
+            }
             return Ok(());
         }
         let cache = self.rows(layer)?;
@@ -317,18 +444,31 @@ impl KvCache {
         Ok(())
     }
 
-    /// Elements from one head to the next, from one sequence to the next, and of all keys or values of a layer: [layer][keys,
-    /// values][B][G][rows][D].
+    /// Memory on a GPU.
+    fn device_memory(&self) -> Option<&DeviceBuffer> {
+        match &self.memory {
+            Place::Host(_) => None,
+            Place::Device(memory) => Some(memory),
+            Place::Pages(p) => Some(p.pool.memory()),
+        }
+    }
+
+    /// Elements from one head to the next, from one sequence or page to the next, and of all keys or values of a layer: [layer][keys,
+    /// values][B or pages][G][rows][D].
     fn strides(&self) -> (usize, usize, usize) {
         let head = self.rows * self.head_dim;
         let sequence = head * self.kv_heads;
-        (head, sequence, sequence * self.lengths.len())
+        (head, sequence, sequence * self.pool().map_or(self.lengths.len(), PagePool::pages))
     }
 
-    /// Where a head's rows begin, in elements.
-    fn offset(&self, layer: usize, keys: bool, b: usize, g: usize) -> usize {
+    /// Where a row of a head lies, in elements.
+    fn offset(&self, layer: usize, keys: bool, b: usize, g: usize, row: usize) -> usize {
         let (head, sequence, half) = self.strides();
-        (2 * layer + usize::from(!keys)) * half + b * sequence + g * head
+        let (b, row) = match &self.memory {
+            Place::Pages(p) => (p.table.page(b, row), row % self.rows),
+            _ => (b, row),
+        };
+        (2 * layer + usize::from(!keys)) * half + b * sequence + g * head + row * self.head_dim
     }
 
     /// Where the CPU's kernels find a layer.
@@ -343,10 +483,11 @@ impl KvCache {
         Ok(CacheRows { k, v, dtype: self.dtype, sequence_stride, head_stride, row_stride: self.head_dim })
     }
 
-    /// Where the kernels of the GPU that `context` has find a layer.
+    /// Where the kernels of the GPU that `context` has find a layer. Those of a paged cache read its table when they run: rows that they reach
+    /// have a page from [`KvCache::reserve`].
     fn device_rows(&self, layer: usize, context: &Context) -> Result<Cache> {
         let here = |m: &DeviceBuffer| context.gpu().is_some_and(|gpu| gpu.device().stream() == m.device().stream());
-        let Place::Device(memory) = &self.memory else {
+        let Some(memory) = self.device_memory() else {
             return Err(Error::invalid("the cache lies in host memory, the block on a GPU; make both with one context"));
         };
         if !here(memory) {
@@ -354,13 +495,19 @@ impl KvCache {
         }
         let (head, sequence, half) = self.strides();
         let k = memory.ptr() + (2 * layer * half * self.dtype.size()) as u64;
+        let (table, table_stride, page) = match &self.memory {
+            Place::Pages(p) => (p.on_device.ptr(), p.table.columns() as i32, self.rows as i32),
+            _ => (0, 0, 0),
+        };
         Ok(Cache {
             k,
             v: k + (half * self.dtype.size()) as u64,
+            table,
             sequence_stride: sequence as i64,
             head_stride: head as i64,
             row_stride: self.head_dim as i64,
-            ..Cache::default()
+            table_stride,
+            page,
         })
     }
 }
@@ -381,4 +528,17 @@ impl LayerCache<'_> {
     pub(crate) fn device_rows(&self, context: &Context) -> Result<Cache> {
         self.cache.device_rows(self.layer, context)
     }
+    /// As [`KvCache::reserve`].
+    pub(crate) fn reserve(&mut self, batch: &Batch) -> Result<()> {
+        self.cache.reserve(batch)
+    }
+    /// As [`KvCache::undo_reserve`].
+    pub(crate) fn undo_reserve(&mut self) {
+        self.cache.undo_reserve();
+    }
+}
+
+/// Rows of each sequence behind a call with `batch`.
+fn ends<'a>(lengths: &'a [usize], batch: &'a Batch) -> impl Iterator<Item = usize> + Clone + 'a {
+    lengths.iter().zip(batch.new_tokens()).map(|(len, new)| len + new)
 }

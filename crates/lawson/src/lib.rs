@@ -16,6 +16,7 @@ mod context;
 mod json;
 mod kv_cache;
 pub mod ops;
+mod pages;
 mod tensor;
 pub mod tensor_file;
 mod weights;
@@ -37,5 +38,6 @@ pub use lawson_core::{
 };
 pub use lawson_cpu::{Isa, machine};
 pub use lawson_cuda as cuda;
+pub use pages::PagePool;
 pub use tensor::{DeviceTensor, Tensor};
 pub use weights::BlockWeights;

@@ -7,7 +7,7 @@ use files::refused;
 use half::bf16;
 use lawson::{
     Args, AttentionBlock, Batch, BlockData, BlockProblem, BlockWeights, Context, ContextOptions, DType, Device, ErrorKind,
-    KvCache, Level, MaskRef, Tensor, TensorMut, TensorRef,
+    KvCache, Level, MaskRef, PagePool, Tensor, TensorMut, TensorRef,
 };
 use lawson_core::compare::{Policy, compare};
 use lawson_testkit::{
@@ -293,6 +293,11 @@ fn what_a_context_lacks_is_named() {
     assert!(error.to_string().contains("cuda:99"), "{error}");
     refused(Context::new(ContextOptions { threads: Some(0), ..Default::default() }), &["threads", "0"]);
     refused("gpu".parse::<Device>(), &["'gpu'", "cuda:N"]);
+    let cpu = Context::cpu().unwrap();
+    let paged: BlockProblem = format!("{BLOCK} page=64").parse().unwrap();
+    let error = PagePool::new(&cpu, &paged.spec.attention, 1, 8, 64, DType::F32).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert_eq!(cpu.plan(&paged, None).unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!("cuda:3".parse::<Device>().unwrap(), Device::Cuda(3));
     for device in [Device::Auto, Device::Cpu, Device::Cuda(1)] {
         assert_eq!(device.to_string().parse::<Device>().unwrap(), device);

@@ -3,7 +3,8 @@
 use lawson_core::{
     DType,
     problem::{
-        AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn,
+        AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout, RopeScaling, RopeSpec,
+        Yarn,
     },
 };
 
@@ -78,6 +79,12 @@ pub fn random_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
     (0..count).map(|_| random_case(&mut rng)).collect()
 }
 
+/// `count` random problems over a paged cache, of every page size in turn.
+pub fn paged_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
+    let paged = |(problem, rows)| BlockProblem { page_size: Some(rows), ..problem };
+    random_cases(seed, count).into_iter().zip(PAGE_SIZES.into_iter().cycle()).map(paged).collect()
+}
+
 /// A random problem that crosses at least four features.
 pub fn random_case(rng: &mut Rng) -> BlockProblem {
     let features = Features::new(rng);
@@ -122,7 +129,7 @@ fn draw(features: &Features, rng: &mut Rng) -> BlockProblem {
     }
     let mask = on(rng).then(|| rng.pick(&MASKS));
     let (dtype, kv_dtype) = rng.pick(&DTYPES);
-    BlockProblem { spec, batch, mask, dtype, kv_dtype }
+    BlockProblem { spec, batch, mask, dtype, kv_dtype, page_size: None }
 }
 
 fn batch(ragged_past: bool, ragged_new: bool, decode: bool, rng: &mut Rng) -> Lengths {
@@ -216,7 +223,7 @@ mod tests {
 
     #[test]
     fn every_case_is_valid_and_prints_a_line_that_parses_back() {
-        for case in random_cases(1, 300).into_iter().chain(edge_cases()) {
+        for case in random_cases(1, 300).into_iter().chain(edge_cases()).chain(paged_cases(3, 30)) {
             assert_eq!(case.to_string().parse::<BlockProblem>().unwrap(), case);
         }
     }

@@ -143,10 +143,16 @@ impl Draft<'_> {
         let prefill = KernelOp::AttentionPrefill;
         self.step(Op::TransposeQ, prefill, &[q], &[qs], "heads apart, as a batch of products reads them");
         // Rows behind the valid ones may hold anything, also what is no number.
-        let gathers = batch.past().iter().any(|&p| p > 0) || batch.new_tokens().iter().any(|&n| n != batch.max_new());
-        let (keys, values) = if gathers {
+        let uneven = batch.past().iter().any(|&p| p > 0) || batch.new_tokens().iter().any(|&n| n != batch.max_new());
+        let paged = self.problem.page_size.is_some();
+        let (keys, values) = if uneven || paged {
             let heads = [BufferName::KHeads, BufferName::VHeads].map(buffer);
-            self.step(Op::Gather, prefill, &[Operand::Cache], &heads, "zeros behind the valid rows of each sequence");
+            let why = if paged {
+                "the library's products read contiguous rows: out of the pages, zeros behind the valid rows of each sequence"
+            } else {
+                "zeros behind the valid rows of each sequence"
+            };
+            self.step(Op::Gather, prefill, &[Operand::Cache], &heads, why);
             (heads[0], heads[1])
         } else {
             (Operand::Cache, Operand::Cache)
@@ -159,7 +165,7 @@ impl Draft<'_> {
         if a.alibi {
             self.step(Op::Alibi, KernelOp::Softmax, &[s], &[s], "element-wise, in place");
         }
-        if a.causal || self.problem.mask.is_some() || gathers {
+        if a.causal || self.problem.mask.is_some() || uneven {
             let reads: &[Operand] = if self.problem.mask.is_some() { &[s, Operand::Mask] } else { &[s] };
             self.step(Op::Mask, KernelOp::Softmax, reads, &[s], "element-wise, in place");
         }
@@ -204,5 +210,81 @@ impl Draft<'_> {
             self.rejected.push(Rejected { what: "more fusion".into(), why: why.into() });
         }
         self.rejected.push(Rejected { what: "scores in memory".into(), why: "tiled attention moves fewer bytes".into() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lawson_core::{
+        ErrorKind,
+        kernel::{DeviceKind, MachineProfile},
+        problem::BlockProblem,
+    };
+
+    use super::*;
+    use crate::{Planner, Scratch};
+
+    struct Nothing;
+
+    impl Scratch for Nothing {
+        fn gemm(&self, _: &BlockProblem, _: usize) -> usize {
+            0
+        }
+        fn attention(&self, _: &BlockProblem, _: usize) -> usize {
+            0
+        }
+        fn other(&self, _: &BlockProblem) -> usize {
+            0
+        }
+    }
+
+    fn machine(kind: DeviceKind) -> MachineProfile {
+        MachineProfile {
+            kind,
+            name: "a machine".into(),
+            isa: "sm_90a".into(),
+            threads: 132,
+            l1_bytes: 228 << 10,
+            l2_bytes: 50 << 20,
+            peak_flops: 6e13,
+            bf16_peak_flops: 9e14,
+            bandwidth: 3e12,
+            launch_seconds: 2e-6,
+        }
+    }
+
+    #[test]
+    fn a_paged_cache_is_gathered_for_products_and_attended_in_place_by_tiles() {
+        let machine = machine(DeviceKind::Gpu);
+        let planner = Planner { machine: &machine, kernels: &[], scratch: &Nothing };
+        for line in [
+            "block b=2 s=64 past=0 e=256 h=4/2 d=64 full bf16",
+            "block b=2 s=64 past=0 e=256 h=4/2 d=64 causal rope=half bf16",
+            "block b=2 s=64 past=100 e=256 h=4/2 d=64 causal rope=half bf16",
+            "block b=2 s=1 past=100,7 e=256 h=4/2 d=64 full bf16 kv=f32",
+        ] {
+            let contiguous: BlockProblem = line.parse().expect("a problem");
+            let paged = BlockProblem { page_size: Some(64), ..contiguous.clone() };
+            for level in Level::ALL {
+                let plan = |p: &BlockProblem| planner.plan(p, level).expect("a plan");
+                let ops = |p: &BlockProblem| plan(p).steps().map(|s| s.op).filter(|op| *op != Op::Gather).collect::<Vec<_>>();
+                assert_eq!(ops(&paged), ops(&contiguous), "{line} {level}: beside the gather the steps are the same");
+                assert_ne!(plan(&paged).id(), plan(&contiguous).id(), "kernels are kept by the plan's number");
+                let products = plan(&paged).steps().any(|s| s.op == Op::Scores);
+                let gather = plan(&paged).steps().find(|s| s.op == Op::Gather).cloned();
+                assert_eq!(gather.is_some(), products, "{line} {level}");
+                assert!(gather.is_none_or(|g| g.why.contains("out of the pages")), "{line} {level}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_paged_cache_is_a_gpus() {
+        let machine = machine(DeviceKind::Cpu);
+        let planner = Planner { machine: &machine, kernels: &[], scratch: &Nothing };
+        let problem: BlockProblem = "block b=1 s=1 past=9 e=64 h=4 page=32".parse().expect("a problem");
+        for refused in [planner.plan(&problem, Level::Moderate).unwrap_err(), planner.auto(&problem).unwrap_err()] {
+            assert_eq!(refused.kind(), ErrorKind::Unavailable, "{refused}");
+        }
     }
 }

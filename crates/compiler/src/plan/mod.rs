@@ -3,7 +3,7 @@
 mod gpu;
 
 use lawson_core::{
-    DType, Error, Result,
+    DType, Error, ErrorKind, Result,
     kernel::{DeviceKind, KernelInfo, KernelOp, MachineProfile},
     plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
     problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
@@ -78,9 +78,15 @@ impl Planner<'_> {
     /// The plan of `problem` at `level`.
     ///
     /// # Errors
-    /// `InvalidInput` when the problem is not valid or a buffer is too large to address.
+    /// `InvalidInput` when the problem is not valid or a buffer is too large to address; `Unavailable` for a paged cache on a CPU.
     pub fn plan(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
         problem.validate()?;
+        if self.machine.kind == DeviceKind::Cpu && problem.page_size.is_some() {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "only a GPU reads a cache in pages; on a CPU the cache is contiguous (without page=)",
+            ));
+        }
         let mut d = Draft {
             planner: self,
             problem,

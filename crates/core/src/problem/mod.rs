@@ -109,6 +109,8 @@ pub struct BlockProblem {
     pub dtype: DType,
     /// Dtype of the cache.
     pub kv_dtype: DType,
+    /// Rows of a page where the cache lies in pages, one of [`PAGE_SIZES`]; contiguous when `None`.
+    pub page_size: Option<usize>,
 }
 
 /// One call of attention alone, regardless of actual numbers; prints and parses as
@@ -127,13 +129,27 @@ pub struct AttentionProblem {
     pub kv_dtype: DType,
 }
 
+/// Rows that a page of a paged cache may have: powers of two, as kernels divide by them.
+pub const PAGE_SIZES: [usize; 3] = [32, 64, 128];
+
+/// Checks that a page may have `rows` rows.
+///
+/// # Errors
+/// `InvalidInput` with what is accepted.
+pub fn check_page_size(rows: usize) -> Result<()> {
+    if PAGE_SIZES.contains(&rows) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("a page of {rows} rows; accepted: 32, 64, 128")))
+}
+
 /// Most bytes of any one tensor of a problem; keeps every product of sizes within `isize`.
 const MAX_BYTES: u128 = 1 << 46;
 
 impl BlockProblem {
-    /// A problem without an arbitrary mask, its cache in the compute dtype.
+    /// A problem without an arbitrary mask, its cache contiguous and in the compute dtype.
     pub fn new(spec: BlockSpec, batch: Lengths, dtype: DType) -> Self {
-        BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype }
+        BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype, page_size: None }
     }
 
     /// The attention of this block.
@@ -154,6 +170,7 @@ impl BlockProblem {
     pub fn validate(&self) -> Result<()> {
         self.spec.validate()?;
         self.attention().validate()?;
+        self.page_size.map_or(Ok(()), check_page_size)?;
         let (e, tokens) = (self.spec.hidden_size as u128, token_count(&self.batch));
         let widest = e.max(self.spec.attention.qkv_dim() as u128);
         check_size("x, q or y", tokens, widest)?;

@@ -18,7 +18,7 @@ const MAX_SEQUENCES: usize = 1 << 20;
 const DEFAULT_THETA: f64 = 10000.0;
 
 const BLOCK_TOKENS: &str = "b= s= past= e= h= d= causal full window= scale= softcap= sinks alibi mask mask= qk_norm= input_norm= \
-     residual bias= rope= f32 bf16 f16 kv=";
+     residual bias= rope= f32 bf16 f16 kv= page=";
 const ATTENTION_TOKENS: &str = "b= s= past= h= d= causal full window= scale= softcap= sinks alibi mask mask= f32 bf16 f16 kv=";
 
 // Printing
@@ -87,7 +87,8 @@ impl Display for BlockProblem {
             }
         }
         spec.rope.as_ref().map_or(Ok(()), |r| write!(f, " rope={r}"))?;
-        write_dtypes(f, self.dtype, self.kv_dtype)
+        write_dtypes(f, self.dtype, self.kv_dtype)?;
+        self.page_size.map_or(Ok(()), |rows| write!(f, " page={rows}"))
     }
 }
 
@@ -219,6 +220,7 @@ struct Fields {
     rope: Option<RopeSpec>,
     dtype: Option<DType>,
     kv: Option<DType>,
+    page: Option<usize>,
 }
 
 impl Fields {
@@ -276,6 +278,7 @@ impl Fields {
             "bias=" => set(&mut self.biases, token, biases(token, value)?),
             "rope=" => set(&mut self.rope, token, value.parse().map_err(|e: Error| e.at("rope"))?),
             "kv=" => set(&mut self.kv, token, value.parse().map_err(|e: Error| e.at(quote(token)))?),
+            "page=" => set(&mut self.page, token, integer(token, value)?),
             _ => choose(&mut self.dtype, token, name.parse()?, "f32, bf16, f16"),
         }
     }
@@ -364,7 +367,8 @@ impl FromStr for BlockProblem {
             biases: fields.biases.unwrap_or_default(),
         };
         let kv_dtype = fields.kv.unwrap_or(dtype);
-        let problem = BlockProblem { spec, batch: fields.batch()?, mask: fields.mask, dtype, kv_dtype };
+        let batch = fields.batch()?;
+        let problem = BlockProblem { spec, batch, mask: fields.mask, dtype, kv_dtype, page_size: fields.page };
         problem.validate()?;
         Ok(problem)
     }

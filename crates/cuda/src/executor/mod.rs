@@ -47,7 +47,7 @@ pub struct Operands<'a> {
     pub new: &'a [usize],
     /// Past rows of each sequence: at most the plan's.
     pub past: &'a [usize],
-    /// The cache.
+    /// The cache, in pages where the plan's is: with pages of that size for all rows, the new ones too, in its table on the device.
     pub cache: Cache,
     /// The arbitrary mask.
     pub mask: Option<MaskAt>,
@@ -183,7 +183,7 @@ impl Gpu {
         operands: &Operands<'_>,
         monitor: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let (id, layout) = (plan.id(), Cache { k: 0, v: 0, ..operands.cache });
+        let (id, layout) = (plan.id(), Cache { k: 0, v: 0, table: 0, ..operands.cache });
         let ready = match state.prepared.iter().find(|p| (p.0, p.1) == (id, layout)) {
             Some((_, _, ready)) => Arc::clone(ready),
             None => {

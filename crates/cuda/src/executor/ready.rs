@@ -127,6 +127,7 @@ impl<'a> Sizes<'a> {
             spec: p.spec.attention.clone(),
             dtype: p.dtype,
             kv_dtype: p.kv_dtype,
+            paged: p.page_size.is_some(),
             sequences: self.sequences,
             tokens: self.tokens,
             new: self.new,

@@ -57,6 +57,8 @@ pub struct Shape {
     pub dtype: DType,
     /// Of the cache.
     pub kv_dtype: DType,
+    /// Whether the cache lies in pages.
+    pub paged: bool,
     /// Sequences.
     pub sequences: usize,
     /// New tokens of all sequences.
@@ -243,8 +245,6 @@ impl Shape {
         let mut macros = vec![
             ("DTYPE", geometry::code(self.dtype)),
             ("HEAD_DIM_PADDED", self.padded() as i64),
-            // No cache lies in pages yet.
-            ("PAGED", 0),
             ("SCORE_FEATURES", self.score_features()),
         ];
         if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
@@ -256,6 +256,7 @@ impl Shape {
         if hopper && self.hopper_tiles().is_some() {
             return Instance::new(&ATTENTION_PREFILL_SM90, &macros);
         }
+        macros.push(("PAGED", i64::from(self.paged)));
         let (own, usual) = (self.prefill_tiles(shared), self.prefill_tiles(HOPPER_SHARED));
         macros.extend((usual.keys != own.keys).then_some(("KEYS", own.keys as i64)));
         macros.extend((usual.stages != own.stages).then_some(("STAGES", own.stages as i64)));
@@ -563,9 +564,9 @@ mod tests {
             for head_dim in 1..=256 {
                 for softcap in [None, lawson_core::problem::Real::new(1.0)] {
                     let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
-                    let (dtype, kv_dtype) = (DType::BF16, DType::BF16);
+                    let (dtype, kv_dtype, paged, mask, decode) = (DType::BF16, DType::BF16, false, false, true);
                     let (sequences, tokens, new, rows, splits) = (1, 1, 1, 1, 1);
-                    let shape = Shape { spec, dtype, kv_dtype, sequences, tokens, new, rows, mask: false, decode: true, splits };
+                    let shape = Shape { spec, dtype, kv_dtype, paged, sequences, tokens, new, rows, mask, decode, splits };
                     let tiles = shape.prefill_tiles(shared);
                     assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);
                     assert!(shape.decode_tiles(shared).is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");

@@ -59,6 +59,7 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
         spec: AttentionSpec::new(1, 1, head_dim),
         dtype,
         kv_dtype: dtype,
+        paged: false,
         sequences: 1,
         tokens: new,
         new,
@@ -74,7 +75,10 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
                 let plain = attention::Shape { decode, ..shape(head_dim, dtype, 1) };
                 let mut capped = plain.clone();
                 capped.spec.softcap = Real::new(1.0);
-                all.extend([plain, capped].map(|s| s.instance_for(shared, hopper)));
+                for shape in [plain, capped] {
+                    let paged = attention::Shape { paged: true, ..shape.clone() };
+                    all.extend([shape, paged].map(|s| s.instance_for(shared, hopper)));
+                }
             }
         }
         for new in [1, 32, 64] {

@@ -132,6 +132,7 @@ impl<'a> Reader<'a> {
             mask: mask.as_ref().map(|m| m.shape),
             dtype,
             kv_dtype: kv.unwrap_or(dtype),
+            page_size: None,
             spec,
         };
         problem.validate()?;
