@@ -188,22 +188,18 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let session = start(args, global, context, shape.is_some());
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
-        None => specs::preset(args.study, args.preset),
+        None => specs::preset(args.study, args.preset, session.context.gpu().is_some()),
     };
     if session.context.gpu().is_some() {
-        cases.retain(|case| matches!(case.study, Study::Block | Study::Throughput));
+        cases.retain(|case| case.study != Study::Kernels);
         let device = session.context.device();
         if cases.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                format!(
-                    "the study {} runs on the CPU only so far: --device cpu; block and throughput run on {device}",
-                    args.study.name()
-                ),
-            ));
+            let text = format!("the study kernels runs on the CPU only: --device cpu; every other study runs on {device}");
+            return Err(Error::new(ErrorKind::Unavailable, text));
         }
-        if !global.quiet && (args.study == Study::All || !args.peers.is_empty()) {
-            eprintln!("on {device} bench measures block and throughput, without peers; --device cpu measures the rest");
+        let others: Vec<&str> = session.peers.iter().filter(|k| **k != PeerKind::Torch).map(|k| k.name()).collect();
+        if !others.is_empty() && !global.quiet {
+            eprintln!("on {device} torch alone is measured beside Lawson; --device cpu measures {}", others.join(", "));
         }
     }
     if shape.is_some() {
@@ -302,7 +298,8 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
             }
         }
     }
-    let budget = if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget() };
+    let budget =
+        if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget(context.gpu().is_some()) };
     let bar = output::progress(0, "bench", global);
     Session {
         context,
@@ -314,6 +311,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, explicit: b
         neighbours: args.neighbours.into(),
         peers,
         missing,
+        torch: std::cell::RefCell::default(),
         bar,
     }
 }

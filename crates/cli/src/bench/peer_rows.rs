@@ -1,12 +1,12 @@
 //! Peers as forms that are timed with ours.
 
-use std::{fs, path::PathBuf};
+use std::{cell::RefCell, fs, path::PathBuf, rc::Rc};
 
 use lawson::{Error, ErrorKind, Result};
 
 use super::{
     measure::{Forms, Measured},
-    peers::{self, Peer, PeerSpec},
+    peers::{self, Peer, PeerKind, PeerSpec, Process},
     record::Row,
     rows::{self, Work},
     session::Session,
@@ -28,8 +28,10 @@ impl PeerForm {
     }
 
     fn output(&mut self, forms: &dyn Forms) -> Result<Checked> {
-        let out = self.running()?.output()?;
+        let rows = forms.peer_rows();
+        let out = self.running()?.output(rows)?;
         Ok(forms.verify_peer(&match out.shape[..] {
+            _ if rows.is_some() => out.data,
             [b, h, s, d] if self.heads_first => swap_heads(&out.data, [b, h, s, d]),
             _ => out.data,
         }))
@@ -88,9 +90,28 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
     case: &Case,
     inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
 ) -> Result<PeerSet> {
+    start_without(session, case, &[], inputs)
+}
+
+/// Variants of `kind` for `case` on the session's device.
+fn variants(session: &Session, case: &Case, kind: PeerKind) -> &'static [&'static str] {
+    match session.context.gpu() {
+        Some(_) => kind.variants_on_gpu(case.study.name(), case.shape.dtype),
+        None => kind.variants(case.study.name()),
+    }
+}
+
+/// As [`start`], but for the variants that `without` names.
+pub fn start_without<'a, S: AsRef<[usize]> + 'a>(
+    session: &Session,
+    case: &Case,
+    without: &[&str],
+    inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
+) -> Result<PeerSet> {
     let study = case.study.name();
-    let wanted: Vec<_> = session.peers.iter().flat_map(|&k| k.variants(study).iter().map(move |v| (k, *v))).collect();
-    if wanted.is_empty() {
+    let of = |&kind: &PeerKind| variants(session, case, kind).iter().map(move |v| (kind, *v));
+    let wanted: Vec<_> = session.peers.iter().flat_map(of).filter(|(_, v)| !without.contains(v)).collect();
+    if wanted.is_empty() || !case.peers {
         return Ok(PeerSet::none());
     }
     let s = &case.shape;
@@ -119,10 +140,13 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
             rope: s.rope,
             dtype: s.dtype,
             threads: session.threads(),
+            device: session.context.device().to_string(),
             inputs: path.clone(),
         };
         let fits = s.dtype == s.kv_dtype;
-        let peer = if fits {
+        let peer = if fits && session.context.gpu().is_some() {
+            on_gpu(session, kind, set.forms.is_empty()).and_then(|process| Peer::join(&process, &spec))
+        } else if fits {
             Peer::start(kind, &spec)
         } else {
             let what = format!("{} has no {} cache beside {} queries", kind.name(), s.kv_dtype, s.dtype);
@@ -133,9 +157,23 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
     Ok(set)
 }
 
+/// The process that serves every configuration on the GPU, freed of what it holds when `anew`.
+fn on_gpu(session: &Session, kind: PeerKind, anew: bool) -> Result<Rc<RefCell<Process>>> {
+    let mut kept = session.torch.borrow_mut();
+    let mut process = kept.take().filter(|process| process.borrow().alive());
+    if anew && process.as_ref().is_some_and(|process| process.borrow_mut().forget().is_err()) {
+        process = None;
+    }
+    let process = match process {
+        Some(process) => process,
+        None => Rc::new(RefCell::new(Process::start(kind, session.threads())?)),
+    };
+    *kept = Some(Rc::clone(&process));
+    Ok(process)
+}
+
 /// Rows of the peers that were measured, and of those that are not installed.
 pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measured], work: Work) -> Vec<Row> {
-    let study = case.study.name();
     let ran = set.forms.iter().zip(measured).map(|(form, m)| {
         let mut row = rows::base(session, case, &form.level);
         rows::measured(&mut row, m, work);
@@ -144,11 +182,12 @@ pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measur
         }
         row
     });
-    let missing = session.missing.iter().filter(|(kind, _)| !kind.variants(study).is_empty()).map(|(kind, why)| {
-        let mut row = rows::base(session, case, &format!("peer:{}", kind.name()));
-        rows::remark(&mut row, why);
-        row
-    });
+    let missing =
+        session.missing.iter().filter(|(kind, _)| case.peers && !variants(session, case, *kind).is_empty()).map(|(kind, why)| {
+            let mut row = rows::base(session, case, &format!("peer:{}", kind.name()));
+            rows::remark(&mut row, why);
+            row
+        });
     ran.chain(missing).collect()
 }
 
