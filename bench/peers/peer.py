@@ -3,6 +3,10 @@
 The parent writes one JSON line with the problem. The peer loads the inputs, warms up and answers {"ready": true, "version": ...}
 or {"error": ...}. Then each line "run" makes one timed call and answers {"seconds": ...}; {"output": path} writes the last
 result there as tensor "y" in float32 and answers {"written": path}; "quit" or the end of the input ends the peer.
+
+On a GPU one peer serves many problems, also after one that it could not compute: each further line with a problem is answered like the
+first, {"run": n} calls problem n, counted from 0, {"output": path, "problem": n, "rows": [...]} writes those rows of its last result, all
+where rows is null, and {"forget": true} frees all problems and answers {"forgotten": true}.
 """
 import ctypes
 import json
@@ -34,8 +38,10 @@ class Unsupported(Exception):
     """The peer has no way to compute the problem."""
 
 
-def serve(prepare):
-    """`prepare(problem)` gives (version, call, write): `call()` is timed, `write(path, result)` stores what it returned."""
+def serve(prepare, release=lambda: None):
+    """`prepare(problem)` gives (version, call, write): `call()` is timed, `write(path, result)` stores what it returned.
+
+    Where `call` has `timed()`, that gives seconds and result instead. `release()` gives memory of forgotten problems back."""
     # Libraries print to stdout; the conversation keeps a copy of it for itself.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -44,28 +50,56 @@ def serve(prepare):
         answers.write(json.dumps(fields) + "\n")
         answers.flush()
 
-    try:
-        version, call, write = prepare(json.loads(sys.stdin.readline()))
+    problems = []
+
+    def explain(e):
+        text = " ".join(str(e).split())[:300]
+        return text if isinstance(e, Unsupported) else f"{type(e).__name__}: {text}"
+
+    def load(p):
+        problems.append(None)
+        version, call, write = prepare(p)
         for _ in range(2):
             result = call()
+        problems[-1] = [call, write, result]
+        answer(ready=True, version=version)
+
+    def run(problem):
+        call = problem[0]
+        # What keeps its results in place is timed by itself, on the device's clock.
+        if hasattr(call, "timed"):
+            seconds, problem[2] = call.timed()
+        else:
+            problem[2] = None
+            start = time.perf_counter()
+            problem[2] = call()
+            seconds = time.perf_counter() - start
+        answer(seconds=seconds)
+
+    first = json.loads(sys.stdin.readline())
+    try:
+        load(first)
     except BaseException as e:
-        text = " ".join(str(e).split())[:300]
-        answer(error=text if isinstance(e, Unsupported) else f"{type(e).__name__}: {text}")
-        return
-    answer(ready=True, version=version)
+        answer(error=explain(e))
+        if not first.get("device", "cpu").startswith("cuda"):
+            return
     for line in sys.stdin:
         line = line.strip()
         try:
             if line == "quit":
                 return
-            if line == "run":
-                result = None
-                start = time.perf_counter()
-                result = call()
-                answer(seconds=time.perf_counter() - start)
+            order = {"run": 0} if line == "run" else json.loads(line)
+            if "study" in order:
+                load(order)
+            elif "forget" in order:
+                problems.clear()
+                release()
+                answer(forgotten=True)
+            elif "run" in order:
+                run(problems[order["run"]])
             else:
-                path = json.loads(line)["output"]
-                write(path, result)
-                answer(written=path)
+                _, write, result = problems[order.get("problem", 0)]
+                write(order["output"], result, *([order["rows"]] if "rows" in order else []))
+                answer(written=order["output"])
         except Exception as e:
-            answer(error=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+            answer(error=explain(e))

@@ -16,6 +16,7 @@ pub mod kernels;
 pub mod launch;
 mod measure;
 pub mod nvrtc;
+pub mod operators;
 pub mod weights;
 
 pub use buffer::{DeviceBuffer, Element, Staging, Usage};

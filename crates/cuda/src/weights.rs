@@ -123,6 +123,26 @@ impl DeviceWeights {
         })
     }
 
+    /// Of attention alone, `[H]` each.
+    ///
+    /// # Errors
+    /// As [`DeviceWeights::new`].
+    pub fn of_attention(device: &Device, sinks: Option<&[f32]>, slopes: Option<&[f32]>) -> Result<Self> {
+        let f32s = |v: Option<&[f32]>| v.map(|v| device.upload(v)).transpose();
+        Ok(DeviceWeights {
+            qkv: device.alloc(0)?,
+            folded: None,
+            o: device.alloc(0)?,
+            qkv_bias: None,
+            o_bias: None,
+            input_norm: None,
+            q_norm: None,
+            k_norm: None,
+            sinks: f32s(sinks)?,
+            alibi_slopes: f32s(slopes)?,
+        })
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let biases = [&self.qkv_bias, &self.o_bias].into_iter().flatten().flat_map(|b| [&b.f32, &b.narrow]);

@@ -63,6 +63,11 @@ impl<'a> MaskRef<'a> {
         Ok(MaskShape { per_sequence: b != 1, per_head: h != 1 })
     }
 
+    /// The bytes.
+    pub(crate) fn data(&self) -> &'a [u8] {
+        self.data
+    }
+
     pub(crate) fn rows(&self) -> MaskRows {
         let [b, h, s, l] = self.shape;
         MaskRows {
@@ -529,6 +534,15 @@ impl CapturedCall {
         Ok(end.ms_since(&start)? * 1e-3 / times.max(1) as f64)
     }
 
+    /// As [`CapturedCall::replay_timed`], of one replay that finds nothing of what it reads in the second-level cache.
+    ///
+    /// # Errors
+    /// As [`CapturedCall::replay`].
+    pub fn replay_cold(&mut self) -> Result<f64> {
+        self.block.inner.context.flush_cache()?;
+        self.replay_timed(1)
+    }
+
     /// How the call is computed.
     pub fn plan(&self) -> &Arc<BlockPlan> {
         &self.plan
@@ -674,12 +688,12 @@ fn upload(buffer: DeviceBuffer) -> (u64, Option<DeviceBuffer>) {
 }
 
 /// The address of a tensor that the caller keeps on `gpu`.
-fn on_device(name: &str, memory: &(dyn Any + Send + Sync), gpu: &Gpu, bytes: usize) -> Result<u64> {
+pub(crate) fn on_device(name: &str, memory: &(dyn Any + Send + Sync), gpu: &Gpu, bytes: usize) -> Result<u64> {
     let Some(buffer) = memory.downcast_ref::<DeviceBuffer>() else {
-        return Err(Error::invalid(format!("{name} lies in memory of another kind of device than the block's")));
+        return Err(Error::invalid(format!("{name} lies in memory of another kind of device than the context's")));
     };
     if buffer.device().stream() != gpu.device().stream() || buffer.bytes() < bytes {
-        return Err(Error::invalid(format!("{name} lies on another device or context than the block, or is too short")));
+        return Err(Error::invalid(format!("{name} lies on another device or context than the call's, or is too short")));
     }
     Ok(buffer.ptr())
 }

@@ -11,7 +11,7 @@ use lawson_core::{
     DType, Error, ErrorKind, Result,
     kernel::{Backend, KernelInfo, MachineProfile},
     plan::BlockPlan,
-    problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape},
+    problem::{AttentionProblem, BlockProblem, BlockSpec, Lengths, Level, MaskShape},
 };
 use lawson_cpu::{Cpu, Isa, executor::Workspace, machine::Memory};
 use lawson_cuda::Gpu;
@@ -157,17 +157,6 @@ impl Context {
     pub fn gpu(&self) -> Option<&Gpu> {
         self.0.gpu.as_ref()
     }
-    /// Refuses what only the CPU can do yet.
-    pub(crate) fn on_cpu(&self, what: &str) -> Result<()> {
-        match &self.0.gpu {
-            Some(_) => Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("{what} by itself is not available on device {} yet; use a context of the CPU", self.device()),
-            )),
-            None => Ok(()),
-        }
-    }
-
     /// The CPU's instruction set in use.
     pub fn isa(&self) -> Isa {
         self.0.cpu.kernels.isa
@@ -194,6 +183,14 @@ impl Context {
     /// `Device` when the device failed.
     pub fn synchronize(&self) -> Result<()> {
         self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.device().synchronize())
+    }
+
+    /// Enqueues emptying a GPU's second-level cache of what calls before left there. On a CPU it does nothing.
+    ///
+    /// # Errors
+    /// `OutOfMemory` or `Device` on a GPU.
+    pub fn flush_cache(&self) -> Result<()> {
+        self.0.gpu.as_ref().map_or(Ok(()), Gpu::flush_cache)
     }
 
     /// Operations per second on elements of `dtype`, measured: f32 FMA of all threads, or dot products where the instruction set has them for
@@ -270,6 +267,19 @@ impl Context {
             Some(level) => planner.plan(&problem, level)?,
             None => planner.auto(&problem)?,
         }))
+    }
+
+    /// The plan of attention alone on a GPU, with q for x and the result for y; scores lie in memory at `Unfused` and `Minimal`. It is not kept.
+    ///
+    /// # Errors
+    /// `Unavailable` on a CPU, `InvalidInput` when the problem is not valid.
+    pub fn plan_attention(&self, problem: &AttentionProblem, level: Level) -> Result<BlockPlan> {
+        if self.0.gpu.is_none() {
+            return Err(Error::new(ErrorKind::Unavailable, "plans of attention alone are a GPU's"));
+        }
+        let AttentionProblem { spec, batch, mask, dtype, kv_dtype } = problem.clone();
+        let block = BlockProblem { spec: BlockSpec::new(spec.q_dim(), spec), batch, mask, dtype, kv_dtype, page_size: None };
+        Planner { machine: &self.0.machine, kernels: &self.0.kernels, scratch: &NoScratch }.attention(&block, level)
     }
 
     pub(crate) fn kernels(&self) -> &[KernelInfo] {

@@ -114,6 +114,39 @@ impl DeviceTensor {
         Ok(DeviceTensor { buffer, dtype: tensor.dtype(), shape: tensor.shape().to_vec() })
     }
 
+    /// A tensor of NaN on the GPU of `context`.
+    ///
+    /// # Errors
+    /// `Unavailable` when the context has none; `InvalidInput` when the shape has more than four dimensions or overflows; `OutOfMemory` with the
+    /// sizes.
+    pub fn nans(context: &Context, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let Some(gpu) = context.gpu() else {
+            return Err(Error::new(ErrorKind::Unavailable, "a tensor on a device needs a context of a GPU"));
+        };
+        let bytes = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)).filter(|_| shape.len() <= 4);
+        let bytes = bytes.ok_or_else(|| Error::invalid(format!("a tensor of shape {shape:?} cannot be made")))?;
+        let mut tensor = DeviceTensor { buffer: gpu.device().alloc(bytes)?, dtype, shape: shape.to_vec() };
+        tensor.poison()?;
+        Ok(tensor)
+    }
+
+    /// As [`DeviceTensor::upload`], `times` times behind one another along the first dimension.
+    ///
+    /// # Errors
+    /// As there, and `InvalidInput` when the result has no first dimension or would overflow.
+    pub fn repeat(context: &Context, tensor: &TensorRef<'_>, times: usize) -> Result<Self> {
+        let one = Self::upload(context, tensor)?;
+        let mut shape = one.shape.clone();
+        let bytes = one.len() * one.dtype.size();
+        let (Some(first), Some(all)) = (shape.first_mut(), bytes.checked_mul(times)) else {
+            return Err(Error::invalid(format!("a tensor of shape {:?} cannot be repeated {times} times", one.shape)));
+        };
+        *first *= times;
+        let buffer = one.buffer.device().alloc(all)?;
+        (0..times).try_for_each(|i| buffer.copy_from(i * bytes, &one.buffer, 0, bytes))?;
+        Ok(DeviceTensor { buffer, dtype: one.dtype, shape })
+    }
+
     /// Overwrites it with `tensor`, of the same shape and dtype.
     ///
     /// # Errors
@@ -161,6 +194,19 @@ impl DeviceTensor {
         // All bits set are NaN in every dtype.
         self.buffer.fill(0xff)
     }
+    /// The given rows of `width` elements as f32, one behind another; waits for the device.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the tensor does not have them; `Device` when the device failed.
+    pub fn rows_to_f32(&self, rows: &[usize], width: usize) -> Result<Vec<f32>> {
+        let bytes = width * self.dtype.size();
+        let mut all = vec![0u8; rows.len() * bytes];
+        for (row, to) in rows.iter().zip(all.chunks_exact_mut(bytes.max(1))) {
+            self.buffer.read_at(row * bytes, to)?;
+        }
+        Ok(lawson_cuda::weights::decode(&all, self.dtype))
+    }
+
     /// All elements as f32, row-major; waits for the device.
     ///
     /// # Errors

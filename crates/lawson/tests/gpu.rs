@@ -3,14 +3,21 @@
 use std::{path::PathBuf, time::Instant};
 
 use lawson::{
-    Args, AttentionBlock, AttentionSpec, Batch, BlockProblem, BlockSpec, BlockWeights, Checkpoint, Context, ContextOptions,
-    DType, Device, DeviceTensor, ErrorKind, KvCache, Level, PreparedCall, RopeSpec, Tensor, TensorMut, TensorRef, compute,
+    Args, AttentionBlock, AttentionProblem, AttentionSpec, Batch, BlockProblem, BlockSpec, BlockWeights, Checkpoint, Context,
+    ContextOptions, DType, Device, DeviceTensor, ErrorKind, KvCache, Level, PreparedCall, RopeSpec, Tensor, TensorMut, TensorRef,
+    compute,
+    ops::{self, AttentionArgs, Operation, QkvWeights, Replays, RopeAppendArgs, RopeMethod, SoftmaxMethod},
     tensor_file::TensorFile,
+};
+use lawson_core::{
+    compare::{Policy, compare},
+    oracle::{self, AttentionInput},
 };
 use lawson_testkit::{
     cases,
     conformance::check_blocks,
-    inputs::{Sharpness, data_for},
+    inputs::{self, Sharpness, data_for},
+    rng::Rng,
 };
 
 fn gpu() -> Context {
@@ -221,4 +228,184 @@ fn a_warm_call_allocates_nothing_and_costs_little() {
     times.sort_by(f64::total_cmp);
     println!("host cost of a forward call: median {:.1} µs", times[100] * 1e6);
     assert_eq!(before, device.usage(), "a warm call takes no device memory");
+}
+
+fn on_device(context: &Context, values: &[f32], dtype: DType, shape: &[usize]) -> DeviceTensor {
+    let tensor = Tensor::from_f32(values, dtype, shape).expect("a tensor");
+    DeviceTensor::upload(context, &tensor.as_ref()).expect("on the GPU")
+}
+
+fn nans(context: &Context, dtype: DType, shape: &[usize]) -> DeviceTensor {
+    on_device(context, &vec![f32::NAN; shape.iter().product()], dtype, shape)
+}
+
+#[track_caller]
+fn check(policy: Policy<'_>, got: &[f32], want: &[f64], width: usize, what: &str) {
+    let found = compare(policy, got, want, width);
+    assert!(found.ok, "{what}: {found}");
+}
+
+fn attention_args<'a>(
+    problem: &'a AttentionProblem,
+    [q, k, v]: [&'a DeviceTensor; 3],
+    out: &'a mut DeviceTensor,
+) -> AttentionArgs<'a> {
+    AttentionArgs {
+        spec: &problem.spec,
+        lengths: &problem.batch,
+        q: q.as_ref(),
+        k: k.as_ref(),
+        v: v.as_ref(),
+        mask: None,
+        sinks: None,
+        slopes: None,
+        out: out.as_mut(),
+        lse: None,
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_by_itself_is_right_at_both_levels_and_as_a_graph() {
+    let context = gpu();
+    for line in [
+        "attention b=2 s=300 past=0 h=8/2 d=64 causal bf16",
+        "attention b=2 s=130 past=70 h=4/4 d=128 causal bf16",
+        "attention b=3 s=1 past=1500 h=8/2 d=128 full f16",
+        "attention b=1 s=1 past=5000 h=8/8 d=128 causal bf16",
+        "attention b=1 s=200 past=0 h=4/4 d=256 full bf16",
+        "attention s=5,90,1 past=100,0,700 h=4/2 d=80 causal f16",
+        "attention b=2 s=150 past=0 h=4/2 d=64 causal f32",
+        "attention b=2 s=1 past=900 h=4/1 d=64 causal f32",
+    ] {
+        let problem: AttentionProblem = line.parse().expect("a problem");
+        let (spec, batch, mut rng) = (&problem.spec, &problem.batch, Rng::new(22));
+        let (rows, dtype) = (batch.max_len(), problem.dtype);
+        let mut numbers = |n: usize, deviation: f64| inputs::rounded(dtype, rng.normals(n, deviation));
+        let kv_len = batch.sequences() * spec.kv_dim() * rows;
+        let (q, k, v) = (numbers(batch.tokens() * spec.q_dim(), 2.0), numbers(kv_len, 2.0), numbers(kv_len, 1.0));
+        let input = AttentionInput { q: &q, k: &k, v: &v, rows, mask: None, sinks: None, slopes: None };
+        let want = oracle::attention(&problem, &input).expect("an answer").0;
+        let honest = oracle::attention_rounded(&problem, &input).expect("an answer").0;
+        let policy = if dtype == DType::F32 { Policy::Relative(5e-6) } else { Policy::Within2x { reference: &honest, dtype } };
+        let (shape, kv_shape) =
+            ([batch.tokens(), spec.heads, spec.head_dim], [batch.sequences(), spec.kv_heads, rows, spec.head_dim]);
+        let (q, k, v) = (
+            on_device(&context, &q, dtype, &shape),
+            on_device(&context, &k, dtype, &kv_shape),
+            on_device(&context, &v, dtype, &kv_shape),
+        );
+        let inputs = [&q, &k, &v];
+        let mut out = nans(&context, dtype, &shape);
+        ops::attention(&context, attention_args(&problem, inputs, &mut out)).expect("a call");
+        check(policy, &out.to_f32().expect("out"), &want, spec.head_dim, line);
+        for (level, replays) in
+            [(Level::Unfused, Replays::Warm(3)), (Level::Maximal, Replays::Warm(3)), (Level::Maximal, Replays::Cold(3))]
+        {
+            out.poison().expect("NaN");
+            let operation = Operation::Attention(Box::new(attention_args(&problem, inputs, &mut out)), level);
+            let seconds = ops::replay_timed(&context, operation, replays).expect("replays");
+            let what = format!("{line} {level}");
+            assert!(seconds > 0.0, "{what}");
+            check(policy, &out.to_f32().expect("out"), &want, spec.head_dim, &what);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn rope_with_the_append_writes_q_and_the_cache() {
+    let context = gpu();
+    for (dtype, h, g, d) in [(DType::BF16, 8, 2, 128), (DType::F32, 3, 3, 34), (DType::F16, 4, 4, 64)] {
+        let (b, s, past) = (2, 70, 5);
+        let (tokens, width) = (b * s, (h + 2 * g) * d);
+        let mut rng = Rng::new(9);
+        let qkv = inputs::rounded(dtype, rng.normals(tokens * width, 1.0));
+        let spec = RopeSpec::new(10000.0);
+        let mut cache = KvCache::new(&context, &AttentionSpec::new(h, g, d), 1, b, s + past, dtype).expect("a cache");
+        for sequence in 0..b {
+            let rows = vec![f32::NAN; g * (s + past) * d];
+            cache.import(0, sequence, s + past, &rows, &rows).expect("room");
+            cache.truncate(sequence, past).expect("fewer rows");
+        }
+        let batch = Batch::uniform(b, s).expect("a batch");
+        let (from, mut q) = (on_device(&context, &qkv, dtype, &[tokens, width]), nans(&context, dtype, &[tokens, h, d]));
+        let args = RopeAppendArgs { qkv: from.as_ref(), batch: &batch, spec: &spec, q: q.as_mut(), cache: cache.layer(0) };
+        ops::rope_append(&context, args).expect("a call");
+        let inverse = spec.frequencies(d, s + past).inverse;
+        // Heads of all tokens from `first` on, turned or as they are.
+        let heads = |first: usize, n: usize, turned: bool| {
+            let values: Vec<f32> = (0..tokens).flat_map(|t| qkv[t * width + first * d..][..n * d].to_vec()).collect();
+            let factor = if turned { 1.0 } else { 0.0 };
+            let angles: Vec<f64> = (0..tokens)
+                .flat_map(|t| vec![(past + t % s) as f64 * factor; n])
+                .flat_map(|p| inverse.iter().map(move |w| p * w))
+                .collect();
+            oracle::rope(&values, d, d, spec.layout, &angles)
+        };
+        let policy = Policy::Relative(if dtype == DType::F32 { 5e-6 } else { dtype.epsilon() });
+        check(policy, &q.to_f32().expect("q"), &heads(0, h, true), d, "q");
+        let (k, v) = (heads(h, g, true), heads(h + g, g, false));
+        for sequence in 0..b {
+            let found = cache.export(0, sequence, s + past).expect("the cache");
+            for (got, want, name) in [(&found.0, &k, "k"), (&found.1, &v, "v")] {
+                for head in 0..g {
+                    let got = &got[(head * (s + past) + past) * d..][..s * d];
+                    let row = |t: usize| want[((sequence * s + t) * g + head) * d..][..d].to_vec();
+                    let want: Vec<f64> = (0..s).flat_map(row).collect();
+                    check(policy, got, &want, d, &format!("{name} of sequence {sequence}, head {head}, {dtype}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn replays_of_operators_give_what_calls_do() {
+    let context = gpu();
+    let mut rng = Rng::new(10);
+    let (tokens, h, d) = (90, 4, 64);
+    let positions: Vec<usize> = (0..tokens).map(|t| t % 45).collect();
+    let spec = RopeSpec::new(10000.0);
+    for dtype in DType::ALL {
+        let x = on_device(&context, &rng.normals(tokens * h * d, 1.0), dtype, &[tokens, h, d]);
+        let before = x.to_f32().expect("x");
+        for method in [RopeMethod::Fused, RopeMethod::TwoPass] {
+            let mut out = nans(&context, dtype, &[tokens, h, d]);
+            let mut in_place = on_device(&context, &before, dtype, &[tokens, h, d]);
+            ops::rope(&context, &mut in_place.as_mut(), &positions, &spec, method).expect("a call");
+            let (x, out_view) = (x.as_ref(), out.as_mut());
+            let operation = Operation::Rope { x, out: out_view, positions: &positions, spec: &spec, method };
+            assert!(ops::replay_timed(&context, operation, Replays::Warm(4)).expect("replays") > 0.0);
+            assert_eq!(out.to_f32().expect("out"), in_place.to_f32().expect("x"), "{dtype} {method:?}");
+        }
+        assert_eq!(x.to_f32().expect("x"), before, "{dtype}: the input stays");
+    }
+    let x = on_device(&context, &rng.normals(64 * 1000, 3.0), DType::F32, &[64, 1000]);
+    for method in [SoftmaxMethod::Fused, SoftmaxMethod::ThreePass, SoftmaxMethod::Online(512)] {
+        let (mut once, mut out) = (nans(&context, DType::F32, &[64, 1000]), nans(&context, DType::F32, &[64, 1000]));
+        ops::softmax(&context, &x.as_ref(), &mut once.as_mut(), method).expect("a call");
+        let operation = Operation::Softmax { x: x.as_ref(), out: out.as_mut(), method };
+        ops::replay_timed(&context, operation, Replays::Warm(4)).expect("replays");
+        assert_eq!(once.to_f32().expect("out"), out.to_f32().expect("out"), "{method:?}");
+    }
+    let (e, q_dim, kv_dim) = (256, 128, 64);
+    let [q, k, v] = [q_dim, kv_dim, kv_dim].map(|n| inputs::rounded(DType::BF16, rng.normals(n * e, 0.1)));
+    let matrix = |w: &[f32]| Tensor::from_f32(w, DType::F32, &[w.len() / e, e]).expect("a matrix");
+    let (wq, wk, wv) = (matrix(&q), matrix(&k), matrix(&v));
+    let weights = QkvWeights::pack(&context, &wq.as_ref(), &wk.as_ref(), &wv.as_ref(), DType::BF16).expect("weights");
+    let x = inputs::rounded(DType::BF16, rng.normals(tokens * e, 1.0));
+    let all = [&q[..], &k, &v].concat();
+    let (want, n) = (oracle::gemm(&x, &all, None, e), q_dim + 2 * kv_dim);
+    let x = on_device(&context, &x, DType::BF16, &[tokens, e]);
+    for fused in [true, false] {
+        let mut out = nans(&context, DType::BF16, &[tokens, n]);
+        let operation = Operation::QkvProjection { x: x.as_ref(), weights: &weights, out: out.as_mut(), fused };
+        ops::replay_timed(&context, operation, Replays::Warm(4)).expect("replays");
+        let what = format!("fused {fused}");
+        check(Policy::Relative(DType::BF16.epsilon()), &out.to_f32().expect("out"), &want, n, &what);
+    }
+    context.flush_cache().expect("an empty cache");
+    context.synchronize().expect("done");
 }

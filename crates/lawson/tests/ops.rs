@@ -1,4 +1,5 @@
-//! The operators alone, against the oracle, on every instruction set.
+//! The operators alone, against the oracle, on every instruction set. On a GPU by hand: `cargo test --release -p lawson --test ops -- --ignored
+//! --test-threads 1`.
 
 #[allow(dead_code, reason = "other tests use the rest")]
 mod files;
@@ -6,7 +7,7 @@ mod files;
 use files::refused;
 use half::{bf16, f16};
 use lawson::{
-    AttentionProblem, Context, ContextOptions, DType, Isa, MaskRef, RopeLayout, RopeSpec, Tensor, TensorMut, TensorRef,
+    AttentionProblem, Context, ContextOptions, DType, Device, Isa, MaskRef, RopeLayout, RopeSpec, Tensor, TensorMut, TensorRef,
     ops::{AttentionArgs, QkvWeights, RopeMethod, SoftmaxMethod, attention, qkv_projection, rope, softmax},
 };
 use lawson_core::{
@@ -20,6 +21,10 @@ fn each_isa(check: impl Fn(&Context)) {
     for isa in Isa::available() {
         check(&Context::new(ContextOptions { isa: Some(isa), threads: Some(2), ..Default::default() }).unwrap());
     }
+}
+
+fn on_gpu(check: impl Fn(&Context)) {
+    check(&Context::new(ContextOptions { device: Device::Cuda(0), ..Default::default() }).expect("a GPU"));
 }
 
 const F32: Policy<'static> = Policy::Relative(5e-6);
@@ -95,10 +100,13 @@ impl Input {
                 sinks: self.sinks.as_deref(),
                 slopes: self.slopes.as_deref(),
                 out: out.as_mut(),
-                lse: Some(lse.as_mut_slice()),
+                lse: context.gpu().is_none().then(|| lse.as_mut_slice()),
             },
         )
         .unwrap_or_else(|e| panic!("{}: {e}", self.problem));
+        if context.gpu().is_some() {
+            return (out.to_f32(), Vec::new());
+        }
         lse.check().unwrap_or_else(|e| panic!("{}: log-sum-exp: {e}", self.problem));
         (out.to_f32(), lse.as_slice().to_vec())
     }
@@ -114,8 +122,7 @@ impl Input {
     }
 }
 
-#[test]
-fn attention_is_right() {
+fn check_attention(context: &Context) {
     let lines = [
         "attention b=2 s=37 past=0 h=4/2 d=64 causal",
         "attention b=1 s=70 past=65 h=6/1 d=33 causal window=40",
@@ -129,21 +136,32 @@ fn attention_is_right() {
         "attention s=2,1 past=1500,3 h=2/1 d=40 causal window=700 softcap=20",
         "attention b=2 s=1 past=1200 h=5/1 d=33 causal alibi mask=h",
     ];
-    each_isa(|context| {
-        for dtypes in ["f32", "f32 kv=f16", "bf16", "f16"] {
-            for line in lines {
-                let input = Input::new(&format!("{line} {dtypes}"));
-                let what = format!("{} {}", context.isa(), input.problem);
-                let (out, lse) = input.dense(context);
-                let (want, want_lse) = oracle::attention(&input.problem, &input.oracle()).unwrap();
-                let (honest, honest_lse) = oracle::attention_rounded(&input.problem, &input.oracle()).unwrap();
-                let dtype = input.problem.dtype;
-                let policy = |reference| if dtype == DType::F32 { F32 } else { Policy::Within2x { reference, dtype } };
-                check(policy(&honest), &out, &want, input.problem.spec.head_dim, &what);
+    for dtypes in ["f32", "f32 kv=f16", "bf16", "f16"] {
+        for line in lines {
+            let input = Input::new(&format!("{line} {dtypes}"));
+            let what = format!("{} {}", context.isa(), input.problem);
+            let (out, lse) = input.dense(context);
+            let (want, want_lse) = oracle::attention(&input.problem, &input.oracle()).unwrap();
+            let (honest, honest_lse) = oracle::attention_rounded(&input.problem, &input.oracle()).unwrap();
+            let dtype = input.problem.dtype;
+            let policy = |reference| if dtype == DType::F32 { F32 } else { Policy::Within2x { reference, dtype } };
+            check(policy(&honest), &out, &want, input.problem.spec.head_dim, &what);
+            if !lse.is_empty() {
                 check(policy(&honest_lse), &lse, &want_lse, input.problem.spec.heads, &format!("{what}: log-sum-exp"));
             }
         }
-    });
+    }
+}
+
+#[test]
+fn attention_is_right() {
+    each_isa(check_attention);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_is_right_on_a_gpu() {
+    on_gpu(check_attention);
 }
 
 #[test]
@@ -167,35 +185,43 @@ fn a_row_that_sees_no_key_is_0() {
     });
 }
 
+fn check_strides(context: &Context) {
+    for line in ["attention b=2 s=40 past=30 h=4/2 d=20 causal", "attention b=2 s=1 past=100 h=4/2 d=20 causal bf16"] {
+        let input = Input::new(line);
+        let [b, g, rows, d] = input.kv_shape();
+        // [B, rows, G, D + 5] in memory, as a framework keeps it before its transpose.
+        let wide = d + 5;
+        let spread = |values: &[f32]| {
+            let mut out = vec![f32::NAN; b * rows * g * wide];
+            for (i, row) in values.chunks_exact(d).enumerate() {
+                let (head, r) = (i / rows, i % rows);
+                out[((head / g * rows + r) * g + head % g) * wide..][..d].copy_from_slice(row);
+            }
+            out
+        };
+        let (k, v) = (spread(&input.k), spread(&input.v));
+        let strides = [rows * g * wide, wide, g * wide, 1];
+        let narrow = |values: &[f32]| values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+        let (k16, v16) = (narrow(&k), narrow(&v));
+        let shape = input.kv_shape();
+        let (k, v) = if input.problem.kv_dtype == DType::F32 {
+            (TensorRef::strided(&k, &shape, &strides).unwrap(), TensorRef::strided(&v, &shape, &strides).unwrap())
+        } else {
+            (TensorRef::strided(&k16, &shape, &strides).unwrap(), TensorRef::strided(&v16, &shape, &strides).unwrap())
+        };
+        assert!(input.run(context, k, v) == input.dense(context), "{} {line}", context.isa());
+    }
+}
+
 #[test]
 fn keys_and_values_may_have_strides() {
-    each_isa(|context| {
-        for line in ["attention b=2 s=40 past=30 h=4/2 d=20 causal", "attention b=2 s=1 past=100 h=4/2 d=20 causal bf16"] {
-            let input = Input::new(line);
-            let [b, g, rows, d] = input.kv_shape();
-            // [B, rows, G, D + 5] in memory, as a framework keeps it before its transpose.
-            let wide = d + 5;
-            let spread = |values: &[f32]| {
-                let mut out = vec![f32::NAN; b * rows * g * wide];
-                for (i, row) in values.chunks_exact(d).enumerate() {
-                    let (head, r) = (i / rows, i % rows);
-                    out[((head / g * rows + r) * g + head % g) * wide..][..d].copy_from_slice(row);
-                }
-                out
-            };
-            let (k, v) = (spread(&input.k), spread(&input.v));
-            let strides = [rows * g * wide, wide, g * wide, 1];
-            let narrow = |values: &[f32]| values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
-            let (k16, v16) = (narrow(&k), narrow(&v));
-            let shape = input.kv_shape();
-            let (k, v) = if input.problem.kv_dtype == DType::F32 {
-                (TensorRef::strided(&k, &shape, &strides).unwrap(), TensorRef::strided(&v, &shape, &strides).unwrap())
-            } else {
-                (TensorRef::strided(&k16, &shape, &strides).unwrap(), TensorRef::strided(&v16, &shape, &strides).unwrap())
-            };
-            assert!(input.run(context, k, v) == input.dense(context), "{} {line}", context.isa());
-        }
-    });
+    each_isa(check_strides);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn keys_and_values_may_have_strides_on_a_gpu() {
+    on_gpu(check_strides);
 }
 
 #[test]
@@ -247,9 +273,7 @@ fn wrong_attention_arguments_are_named() {
 
 // RoPE
 
-#[test]
-fn both_rope_methods_are_right() {
-    let mut rng = Rng::new(4);
+fn check_rope(context: &Context) {
     let specs: Vec<RopeSpec> = [
         "half",
         "interleaved",
@@ -261,33 +285,43 @@ fn both_rope_methods_are_right() {
     .iter()
     .map(|s| s.parse().unwrap())
     .collect();
-    each_isa(|context| {
-        for spec in &specs {
-            // Positions in order, repeated and out of order, past the rows that share one sine.
-            for positions in [(0..130).collect::<Vec<_>>(), vec![5, 5, 4, 100_000, 0], vec![7]] {
-                let (heads, d) = (3, 34);
-                let x = Rng::new(5).normals(positions.len() * heads * d, 1.0);
-                let longest = positions.iter().max().unwrap() + 1;
-                let f = spec.frequencies(d, longest);
-                let rotary = spec.rotary_dim(d);
-                let angles: Vec<f64> = positions
-                    .iter()
-                    .flat_map(|&p| (0..heads).flat_map(move |_| vec![p; 1]))
-                    .flat_map(|p| f.inverse.iter().map(move |w| p as f64 * w))
-                    .collect();
-                let want = oracle::rope(&x, d, rotary, spec.layout, &angles);
-                for method in [RopeMethod::Fused, RopeMethod::TwoPass] {
-                    let mut got = x.clone();
-                    let mut view = TensorMut::new(&mut got, &[positions.len(), heads, d]).unwrap();
-                    rope(context, &mut view, &positions, spec, method).unwrap();
-                    check(F32, &got, &want, d, &format!("{} {spec} {method:?}", context.isa()));
-                    for (got, x) in got.chunks(d).zip(x.chunks(d)) {
-                        assert_eq!(got[rotary..], x[rotary..], "{spec} {method:?}: dimensions that do not turn");
-                    }
+    for spec in &specs {
+        // Positions in order, repeated and out of order, past the rows that share one sine.
+        for positions in [(0..130).collect::<Vec<_>>(), vec![5, 5, 4, 100_000, 0], vec![7]] {
+            let (heads, d) = (3, 34);
+            let x = Rng::new(5).normals(positions.len() * heads * d, 1.0);
+            let longest = positions.iter().max().unwrap() + 1;
+            let f = spec.frequencies(d, longest);
+            let rotary = spec.rotary_dim(d);
+            let angles: Vec<f64> = positions
+                .iter()
+                .flat_map(|&p| (0..heads).flat_map(move |_| vec![p; 1]))
+                .flat_map(|p| f.inverse.iter().map(move |w| p as f64 * w))
+                .collect();
+            let want = oracle::rope(&x, d, rotary, spec.layout, &angles);
+            for method in [RopeMethod::Fused, RopeMethod::TwoPass] {
+                let mut got = x.clone();
+                let mut view = TensorMut::new(&mut got, &[positions.len(), heads, d]).unwrap();
+                rope(context, &mut view, &positions, spec, method).unwrap();
+                check(F32, &got, &want, d, &format!("{} {spec} {method:?}", context.isa()));
+                for (got, x) in got.chunks(d).zip(x.chunks(d)) {
+                    assert_eq!(got[rotary..], x[rotary..], "{spec} {method:?}: dimensions that do not turn");
                 }
             }
         }
-    });
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn both_rope_methods_are_right_on_a_gpu() {
+    on_gpu(check_rope);
+}
+
+#[test]
+fn both_rope_methods_are_right() {
+    each_isa(check_rope);
+    let mut rng = Rng::new(4);
     let (context, mut x) = (Context::cpu().unwrap(), rng.normals(24, 1.0));
     let spec = RopeSpec { layout: RopeLayout::Half, ..RopeSpec::new(10000.0) };
     let before = x.clone();
@@ -308,8 +342,7 @@ fn both_rope_methods_are_right() {
 
 // Softmax
 
-#[test]
-fn all_softmax_methods_are_right() {
+fn check_softmax(context: &Context) {
     let mut rng = Rng::new(6);
     for width in [1, 2, 15, 16, 17, 33, 63, 64, 65, 512, 1000] {
         let mut x = rng.normals(9 * width, 10.0);
@@ -321,40 +354,57 @@ fn all_softmax_methods_are_right() {
         x[4 * width..5 * width].iter_mut().for_each(|v| *v += 1e4);
         x[5 * width..6 * width].fill(-3e38);
         let want = oracle::softmax(&x, width);
-        each_isa(|context| {
-            let methods = [
-                SoftmaxMethod::Fused,
-                SoftmaxMethod::ThreePass,
-                SoftmaxMethod::Online(1),
-                SoftmaxMethod::Online(7),
-                SoftmaxMethod::Online(512),
-            ];
-            for method in methods {
-                let mut out = Poisoned::<f32>::new(x.len());
-                let view = TensorRef::new(&x, &[9, width]).unwrap();
-                softmax(context, &view, &mut TensorMut::new(out.as_mut_slice(), &[9, width]).unwrap(), method).unwrap();
-                let what = format!("{} {method:?} width {width}", context.isa());
-                out.check().unwrap_or_else(|e| panic!("{what}: {e}"));
-                assert!(out.as_slice()[..width].iter().all(|&v| v == 0.0), "{what}: a row of −∞ must be 0");
-                check(F32, out.as_slice(), &want, width, &what);
-            }
-        });
+        let methods = [
+            SoftmaxMethod::Fused,
+            SoftmaxMethod::ThreePass,
+            SoftmaxMethod::Online(1),
+            SoftmaxMethod::Online(7),
+            SoftmaxMethod::Online(512),
+        ];
+        for method in methods {
+            let mut out = Poisoned::<f32>::new(x.len());
+            let view = TensorRef::new(&x, &[9, width]).unwrap();
+            softmax(context, &view, &mut TensorMut::new(out.as_mut_slice(), &[9, width]).unwrap(), method).unwrap();
+            let what = format!("{} {method:?} width {width}", context.isa());
+            out.check().unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert!(out.as_slice()[..width].iter().all(|&v| v == 0.0), "{what}: a row of −∞ must be 0");
+            check(F32, out.as_slice(), &want, width, &what);
+        }
+    }
+}
+
+#[test]
+fn all_softmax_methods_are_right() {
+    each_isa(check_softmax);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn all_softmax_methods_are_right_on_a_gpu() {
+    on_gpu(check_softmax);
+}
+
+fn check_softmax_of_nan(context: &Context) {
+    let mut x = vec![1.0f32; 3 * 40];
+    x[40 + 17] = f32::NAN;
+    for method in [SoftmaxMethod::Fused, SoftmaxMethod::ThreePass, SoftmaxMethod::Online(16)] {
+        let mut out = vec![0f32; x.len()];
+        let view = TensorRef::new(&x, &[3, 40]).unwrap();
+        softmax(context, &view, &mut TensorMut::new(&mut out, &[3, 40]).unwrap(), method).unwrap();
+        assert!(out[40..80].iter().all(|v| v.is_nan()), "{} {method:?}", context.isa());
+        assert!(out[..40].iter().chain(&out[80..]).all(|v| (v - 0.025).abs() < 1e-8), "{} {method:?}", context.isa());
     }
 }
 
 #[test]
 fn softmax_keeps_nan_in_its_row() {
-    let mut x = vec![1.0f32; 3 * 40];
-    x[40 + 17] = f32::NAN;
-    each_isa(|context| {
-        for method in [SoftmaxMethod::Fused, SoftmaxMethod::ThreePass, SoftmaxMethod::Online(16)] {
-            let mut out = vec![0f32; x.len()];
-            let view = TensorRef::new(&x, &[3, 40]).unwrap();
-            softmax(context, &view, &mut TensorMut::new(&mut out, &[3, 40]).unwrap(), method).unwrap();
-            assert!(out[40..80].iter().all(|v| v.is_nan()), "{} {method:?}", context.isa());
-            assert!(out[..40].iter().chain(&out[80..]).all(|v| (v - 0.025).abs() < 1e-8), "{} {method:?}", context.isa());
-        }
-    });
+    each_isa(check_softmax_of_nan);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn softmax_keeps_nan_in_its_row_on_a_gpu() {
+    on_gpu(check_softmax_of_nan);
 }
 
 #[test]
@@ -374,38 +424,46 @@ fn wrong_softmax_arguments_are_named() {
 
 // QKV projection
 
-#[test]
-fn the_fused_projection_is_the_separate_one() {
-    each_isa(|context| {
-        for (tokens, e, q_dim, kv_dim) in [(1, 64, 64, 32), (37, 48, 99, 33), (129, 257, 128, 128), (300, 33, 16, 1)] {
-            let mut rng = Rng::new(8);
-            let [q, k, v] = [q_dim, kv_dim, kv_dim].map(|n| rng.normals(n * e, 0.2));
-            let x = rng.normals(tokens * e, 1.0);
-            for dtype in DType::ALL {
-                let tensor = |values: &[f32], rows: usize| Tensor::from_f32(values, DType::F32, &[rows, e]).unwrap();
-                let (wq, wk, wv) = (tensor(&q, q_dim), tensor(&k, kv_dim), tensor(&v, kv_dim));
-                let weights = QkvWeights::pack(context, &wq.as_ref(), &wk.as_ref(), &wv.as_ref(), dtype).unwrap();
-                assert!(weights.bytes() >= (q_dim + 2 * kv_dim) * e * dtype.size());
-                let x = Tensor::from_f32(&x, dtype, &[tokens, e]).unwrap();
-                let [fused, separate] = [true, false].map(|fused| {
-                    let mut out = [q_dim, kv_dim, kv_dim].map(|n| Poisoned::<f32>::new(tokens * n));
-                    let [a, b, c] = &mut out;
-                    let mut a = TensorMut::new(a.as_mut_slice(), &[tokens, q_dim]).unwrap();
-                    let mut b = TensorMut::new(b.as_mut_slice(), &[tokens, kv_dim]).unwrap();
-                    let mut c = TensorMut::new(c.as_mut_slice(), &[tokens, kv_dim]).unwrap();
-                    qkv_projection(context, &x.as_ref(), &weights, [&mut a, &mut b, &mut c], fused).unwrap();
-                    out.iter().for_each(|o| o.check().unwrap());
-                    out.map(|o| o.as_slice().to_vec())
-                });
-                let what = format!("{} [{tokens}, {e}] {dtype}", context.isa());
-                assert!(fused == separate, "{what}: fused and separate differ");
-                for (got, w, n) in [(&fused[0], &q, q_dim), (&fused[1], &k, kv_dim), (&fused[2], &v, kv_dim)] {
-                    let want = oracle::gemm(&x.to_f32(), &inputs::rounded(dtype, w.clone()), None, e);
-                    check(F32, got, &want, n, &what);
-                }
+fn check_projection(context: &Context) {
+    for (tokens, e, q_dim, kv_dim) in [(1, 64, 64, 32), (37, 48, 99, 33), (129, 257, 128, 128), (300, 33, 16, 1)] {
+        let mut rng = Rng::new(8);
+        let [q, k, v] = [q_dim, kv_dim, kv_dim].map(|n| rng.normals(n * e, 0.2));
+        let x = rng.normals(tokens * e, 1.0);
+        for dtype in DType::ALL {
+            let tensor = |values: &[f32], rows: usize| Tensor::from_f32(values, DType::F32, &[rows, e]).unwrap();
+            let (wq, wk, wv) = (tensor(&q, q_dim), tensor(&k, kv_dim), tensor(&v, kv_dim));
+            let weights = QkvWeights::pack(context, &wq.as_ref(), &wk.as_ref(), &wv.as_ref(), dtype).unwrap();
+            assert!(weights.bytes() >= (q_dim + 2 * kv_dim) * e * dtype.size());
+            let x = Tensor::from_f32(&x, dtype, &[tokens, e]).unwrap();
+            let [fused, separate] = [true, false].map(|fused| {
+                let mut out = [q_dim, kv_dim, kv_dim].map(|n| Poisoned::<f32>::new(tokens * n));
+                let [a, b, c] = &mut out;
+                let mut a = TensorMut::new(a.as_mut_slice(), &[tokens, q_dim]).unwrap();
+                let mut b = TensorMut::new(b.as_mut_slice(), &[tokens, kv_dim]).unwrap();
+                let mut c = TensorMut::new(c.as_mut_slice(), &[tokens, kv_dim]).unwrap();
+                qkv_projection(context, &x.as_ref(), &weights, [&mut a, &mut b, &mut c], fused).unwrap();
+                out.iter().for_each(|o| o.check().unwrap());
+                out.map(|o| o.as_slice().to_vec())
+            });
+            let what = format!("{} [{tokens}, {e}] {dtype}", context.isa());
+            assert!(fused == separate, "{what}: fused and separate differ");
+            for (got, w, n) in [(&fused[0], &q, q_dim), (&fused[1], &k, kv_dim), (&fused[2], &v, kv_dim)] {
+                let want = oracle::gemm(&x.to_f32(), &inputs::rounded(dtype, w.clone()), None, e);
+                check(F32, got, &want, n, &what);
             }
         }
-    });
+    }
+}
+
+#[test]
+fn the_fused_projection_is_the_separate_one() {
+    each_isa(check_projection);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_fused_projection_is_the_separate_one_on_a_gpu() {
+    on_gpu(check_projection);
 }
 
 #[test]

@@ -16,7 +16,7 @@ struct Takes {
     levels: &'static [Level],
 }
 
-fn takes(study: Study) -> Takes {
+fn takes(study: Study, gpu: bool) -> Takes {
     use Level::{Maximal, Minimal, Moderate, Unfused};
     let (shape, own, levels): (&[&str], _, &[Level]) = match study {
         Study::All | Study::Throughput => (&SHAPE, Some("--memory"), &Level::ALL),
@@ -27,7 +27,12 @@ fn takes(study: Study) -> Takes {
         }
         // [B, H, S, past + S] scores in f32.
         Study::Softmax => (&["--batch", "--seq", "--past", "--heads"], None, &[Unfused, Minimal, Moderate]),
-        // [B, S, H, D] in f32.
+        // [B, S, H, D], on a GPU also the pass that appends k and v; in f32 on the CPU.
+        Study::Rope if gpu => (
+            &["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"],
+            None,
+            &[Unfused, Maximal],
+        ),
         Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], None, &[Unfused, Maximal]),
         Study::Attention => (&SHAPE, None, &[Unfused, Maximal]),
         Study::Decode => (&SHAPE, None, &[Maximal]),
@@ -36,12 +41,12 @@ fn takes(study: Study) -> Takes {
     Takes { shape, own, levels }
 }
 
-/// Checks that `study` takes every one of the flags and has every one of the levels that were given.
+/// Checks that `study`, on a GPU or the CPU, takes every one of the flags and has every one of the levels that were given.
 ///
 /// # Errors
 /// `InvalidInput`, naming the first that it does not and what there is.
-pub fn check(study: Study, given: &[&str], levels: &[Level]) -> Result<()> {
-    let (takes, name) = (takes(study), study.name());
+pub fn check(study: Study, gpu: bool, given: &[&str], levels: &[Level]) -> Result<()> {
+    let (takes, name) = (takes(study, gpu), study.name());
     let flags: Vec<&str> = takes.shape.iter().copied().chain(takes.own).collect();
     if let Some(flag) = given.iter().find(|flag| !flags.contains(flag)) {
         let flags = flags.join(", ");

@@ -53,6 +53,14 @@ pub fn block_data(problem: &BlockProblem, seed: u64, threads: usize) -> BlockDat
     }
 }
 
+/// Most elements of one tensor that are drawn for a GPU, which has memory for more than a host draws, checks and writes for peers in good time.
+const DRAWN: usize = 1 << 24;
+
+/// How many of `batch` sequences, of `elements` each, are drawn: a divisor of `batch`; the others repeat them at addresses of their own.
+pub fn distinct(batch: usize, elements: usize) -> usize {
+    (1..=batch).rev().find(|n| batch.is_multiple_of(*n) && n.saturating_mul(elements) <= DRAWN).unwrap_or(1)
+}
+
 /// A mask [rows, columns] for all sequences and heads, each element visible with probability 1/2.
 pub fn mask(rows: usize, columns: usize, seed: u64, threads: usize) -> Mask {
     let row = |i: usize| {
@@ -96,6 +104,14 @@ mod tests {
         let moment = |k: i32| one.iter().map(|&v| (f64::from(v) / 2.0).powi(k)).sum::<f64>() / n as f64;
         assert!(moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.02 && (moment(4) - 3.0).abs() < 0.1);
         assert_ne!(one[..8], one[CHUNK..CHUNK + 8]);
+    }
+
+    #[test]
+    fn sequences_that_are_drawn_divide_the_batch() {
+        assert_eq!(distinct(32, 1), 32);
+        assert_eq!(distinct(32, DRAWN / 5), 4);
+        assert_eq!(distinct(7, DRAWN / 5), 1);
+        assert_eq!(distinct(8, 2 * DRAWN), 1);
     }
 
     #[test]

@@ -16,8 +16,16 @@ pub trait Forms {
     fn call(&mut self, i: usize) -> Result<f64>;
     /// Compares what the last call, of form `i`, wrote with the oracle.
     fn verify(&mut self, i: usize) -> Result<Checked>;
-    /// Compares a peer's result.
+    /// Compares a peer's result: of [`Forms::peer_rows`], where they are given.
     fn verify_peer(&self, data: &[f32]) -> Checked;
+    /// Rows, as wide as a token's or a row's result, that a peer's result is taken from; all of it when `None`.
+    fn peer_rows(&self) -> Option<&[usize]> {
+        None
+    }
+    /// Seconds of a call of form `i` that finds nothing of what it reads in a GPU's second-level cache; `None` where there is no such thing.
+    fn cold(&mut self, _: usize) -> Result<Option<f64>> {
+        Ok(None)
+    }
 }
 
 /// Forms whose time is that of reading known memory.
@@ -44,6 +52,8 @@ pub struct Budget {
 pub struct Measured {
     /// Its timed calls.
     pub times: Times,
+    /// Median seconds of calls with a cold cache, on a GPU.
+    pub cold: Option<f64>,
     /// The last timed call's errors.
     pub checked: Option<Checked>,
     /// Why there is no time.
@@ -59,6 +69,9 @@ pub fn time(f: impl FnOnce() -> Result<()>) -> Result<f64> {
 
 /// Below this a first call says little about the next ones.
 const SHORT: f64 = 0.05;
+
+/// Calls with a cold cache.
+const COLD_CALLS: usize = 5;
 
 /// Verifies every form and peer, times those that are right in turn, and verifies the last timed output of each. Forms come first in
 /// the result, then peers.
@@ -118,6 +131,10 @@ pub fn measure_within(session: &Session, budget: Budget, forms: &mut dyn Forms, 
                 },
             }
         }
+    }
+    for (i, m) in found.iter_mut().enumerate().take(count).filter(|(_, m)| m.failed.is_none()) {
+        let calls = (0..COLD_CALLS).map(|_| forms.cold(i)).collect::<Result<Option<Vec<f64>>>>()?;
+        m.cold = calls.map(|calls| Times::new(calls).median());
     }
     for (m, seconds) in found.iter_mut().zip(seconds) {
         m.times = Times::new(if m.failed.is_some() { Vec::new() } else { seconds });

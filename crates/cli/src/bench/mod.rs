@@ -204,29 +204,25 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let mut given = args.shape.given();
     given.extend(args.memory.map(|_| "--memory"));
     given.extend((args.neighbours > 0).then_some("--neighbours"));
-    flags::check(args.study, &given, &args.levels)?;
     let shape = args.shape.shape()?;
     let context = global.context()?;
+    flags::check(args.study, context.gpu().is_some(), &given, &args.levels)?;
     check_writable(&args.out)?;
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
-        None => specs::preset(args.study, args.preset),
+        None => specs::preset(args.study, args.preset, context.gpu().is_some()),
     };
     let session = start(args, global, context, &cases, shape.is_some());
     if session.context.gpu().is_some() {
-        cases.retain(|case| matches!(case.study, Study::Block | Study::Throughput));
+        cases.retain(|case| case.study != Study::Kernels);
         let device = session.context.device();
         if cases.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                format!(
-                    "the study {} runs on the CPU only so far: --device cpu; block and throughput run on {device}",
-                    args.study.name()
-                ),
-            ));
+            let text = format!("the study kernels runs on the CPU only: --device cpu; every other study runs on {device}");
+            return Err(Error::new(ErrorKind::Unavailable, text));
         }
-        if !global.quiet && (args.study == Study::All || !args.peers.is_empty()) {
-            eprintln!("on {device} bench measures block and throughput, without peers; --device cpu measures the rest");
+        let others: Vec<&str> = session.peers.iter().filter(|k| **k != PeerKind::Torch).map(|k| k.name()).collect();
+        if !others.is_empty() && !global.quiet {
+            eprintln!("on {device} torch alone is measured beside Lawson; --device cpu measures {}", others.join(", "));
         }
     }
     if shape.is_some() {
@@ -321,9 +317,12 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, cases: &[Ca
     levels.dedup();
     let (mut peers, mut missing): (Vec<PeerKind>, Vec<(PeerKind, String)>) = (Vec::new(), Vec::new());
     for &kind in PeerKind::ALL.iter().filter(|k| args.peers.contains(k)) {
-        if !cases.iter().any(|case| peer_rows::measures(kind, case)) {
+        if !cases.iter().any(|case| peer_rows::measures(kind, case, &context)) {
             let (peer, study) = (kind.name(), args.study.name());
-            eprintln!("the peer {peer} measures nothing here, in the study {study}; it measures {}", peer_rows::MEASURED);
+            eprintln!(
+                "the peer {peer} measures nothing here, in the study {study}; it measures {}",
+                peer_rows::measured(&context)
+            );
             continue;
         }
         match peers::available(kind) {
@@ -334,7 +333,8 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, cases: &[Ca
             }
         }
     }
-    let budget = if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget() };
+    let budget =
+        if explicit { Budget { seconds: 2.0, least: 5, most: 100 } } else { args.preset.budget(context.gpu().is_some()) };
     let bar = output::progress(0, "bench", global);
     Session {
         context,
@@ -346,6 +346,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, cases: &[Ca
         neighbours: args.neighbours.into(),
         peers,
         missing,
+        torch: std::cell::RefCell::default(),
         bar,
     }
 }

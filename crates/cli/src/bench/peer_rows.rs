@@ -1,12 +1,12 @@
 //! Peers as forms that are timed with ours.
 
-use std::{fs, path::PathBuf};
+use std::{cell::RefCell, fs, path::PathBuf, rc::Rc};
 
-use lawson::{Error, ErrorKind, Result};
+use lawson::{Context, Error, ErrorKind, Result};
 
 use super::{
     measure::{Forms, Measured},
-    peers::{self, Peer, PeerKind, PeerSpec},
+    peers::{self, Peer, PeerKind, PeerSpec, Process},
     record::Row,
     rows::{self, Work},
     session::Session,
@@ -28,8 +28,10 @@ impl PeerForm {
     }
 
     fn output(&mut self, forms: &dyn Forms) -> Result<Checked> {
-        let out = self.running()?.output()?;
+        let rows = forms.peer_rows();
+        let out = self.running()?.output(rows)?;
         Ok(forms.verify_peer(&match out.shape[..] {
+            _ if rows.is_some() => out.data,
             [b, h, s, d] if self.heads_first => swap_heads(&out.data, [b, h, s, d]),
             _ => out.data,
         }))
@@ -83,13 +85,18 @@ impl Drop for PeerSet {
 }
 
 /// What peers measure, for people.
-pub const MEASURED: &str = "block, qkv, attention without a past, and decode";
+pub fn measured(context: &Context) -> &'static str {
+    match context.gpu() {
+        Some(_) => "block, qkv, softmax, rope, attention without a past, and decode",
+        None => "block, qkv, attention without a past, and decode",
+    }
+}
 
-/// Whether the peer `kind` measures `case`.
-pub fn measures(kind: PeerKind, case: &Case) -> bool {
+/// Whether the peer `kind` measures `case` on the context's device.
+pub fn measures(kind: PeerKind, case: &Case, context: &Context) -> bool {
     // No peer takes new tokens behind a past in the study of attention.
     let behind = case.study == Study::Attention && case.shape.past > 0;
-    !kind.variants(case.study.name()).is_empty() && !behind
+    case.peers && !behind && !variants(context, case, kind).is_empty()
 }
 
 /// Starts every variant of every installed peer on `case`; `inputs` gives name, shape and elements.
@@ -98,9 +105,28 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
     case: &Case,
     inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
 ) -> Result<PeerSet> {
+    start_without(session, case, &[], inputs)
+}
+
+/// Variants of `kind` for `case` on the context's device.
+fn variants(context: &Context, case: &Case, kind: PeerKind) -> &'static [&'static str] {
+    match context.gpu() {
+        Some(_) => kind.variants_on_gpu(case.study.name(), case.shape.dtype),
+        None => kind.variants(case.study.name()),
+    }
+}
+
+/// As [`start`], but for the variants that `without` names.
+pub fn start_without<'a, S: AsRef<[usize]> + 'a>(
+    session: &Session,
+    case: &Case,
+    without: &[&str],
+    inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
+) -> Result<PeerSet> {
     let study = case.study.name();
-    let peers = session.peers.iter().filter(|k| measures(**k, case));
-    let wanted: Vec<_> = peers.flat_map(|&k| k.variants(study).iter().map(move |v| (k, *v))).collect();
+    let of = |&kind: &PeerKind| variants(&session.context, case, kind).iter().map(move |v| (kind, *v));
+    let measuring = session.peers.iter().filter(|k| measures(**k, case, &session.context));
+    let wanted: Vec<_> = measuring.flat_map(of).filter(|(_, v)| !without.contains(v)).collect();
     if wanted.is_empty() {
         return Ok(PeerSet::none());
     }
@@ -130,10 +156,13 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
             rope: s.rope,
             dtype: s.dtype,
             threads: session.threads(),
+            device: session.context.device().to_string(),
             inputs: path.clone(),
         };
         let fits = s.dtype == s.kv_dtype;
-        let peer = if fits {
+        let peer = if fits && session.context.gpu().is_some() {
+            on_gpu(session, kind, set.forms.is_empty()).and_then(|process| Peer::join(&process, &spec))
+        } else if fits {
             Peer::start(kind, &spec)
         } else {
             let what = format!("{} has no {} cache beside {} queries", kind.name(), s.kv_dtype, s.dtype);
@@ -142,6 +171,21 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
         set.forms.push(PeerForm { level: format!("peer:{}-{variant}", kind.name()), peer, heads_first: attention });
     }
     Ok(set)
+}
+
+/// The process that serves every configuration on the GPU, freed of what it holds when `anew`.
+fn on_gpu(session: &Session, kind: PeerKind, anew: bool) -> Result<Rc<RefCell<Process>>> {
+    let mut kept = session.torch.borrow_mut();
+    let mut process = kept.take().filter(|process| process.borrow().alive());
+    if anew && process.as_ref().is_some_and(|process| process.borrow_mut().forget().is_err()) {
+        process = None;
+    }
+    let process = match process {
+        Some(process) => process,
+        None => Rc::new(RefCell::new(Process::start(kind, session.threads())?)),
+    };
+    *kept = Some(Rc::clone(&process));
+    Ok(process)
 }
 
 /// Rows of the peers that were measured, and of those that are not installed.
@@ -154,7 +198,8 @@ pub fn rows_of(session: &Session, case: &Case, set: &PeerSet, measured: &[Measur
         }
         row
     });
-    let missing = session.missing.iter().filter(|(kind, _)| measures(*kind, case)).map(|(kind, why)| {
+    let absent = session.missing.iter().filter(|(kind, _)| measures(*kind, case, &session.context));
+    let missing = absent.map(|(kind, why)| {
         let mut row = rows::base(session, case, &format!("peer:{}", kind.name()));
         rows::remark(&mut row, why);
         row

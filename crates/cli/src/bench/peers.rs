@@ -5,10 +5,12 @@
 //! is built by hand in `bench/peers/candle`.
 
 use std::{
+    cell::RefCell,
     fs,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
+    rc::Rc,
     str::FromStr,
     sync::{
         atomic::{AtomicU32, Ordering},
@@ -70,6 +72,23 @@ impl PeerKind {
         }
     }
 
+    /// As [`PeerKind::variants`], on a GPU and for elements of `dtype`: PyTorch's alone, each of its attention kernels by itself.
+    pub fn variants_on_gpu(self, study: &str, dtype: DType) -> &'static [&'static str] {
+        let wide = dtype == DType::F32;
+        match (self, study) {
+            (PeerKind::Torch, "block") if wide => &["sdpa-efficient", "compiled", "traditional"],
+            (PeerKind::Torch, "block") => &["sdpa-cudnn", "sdpa-flash", "compiled", "traditional"],
+            (PeerKind::Torch, "attention") if wide => &["sdpa-efficient", "traditional"],
+            (PeerKind::Torch, "attention") => &["sdpa-cudnn", "sdpa-flash", "traditional"],
+            (PeerKind::Torch, "decode") if wide => &["sdpa-efficient"],
+            (PeerKind::Torch, "decode") => &["sdpa-cudnn", "sdpa-flash"],
+            (PeerKind::Torch, "qkv") => &["fused", "separate"],
+            (PeerKind::Torch, "softmax") => &["fused", "compiled", "traditional"],
+            (PeerKind::Torch, "rope") => &["compiled", "traditional"],
+            _ => &[],
+        }
+    }
+
     fn install(self) -> &'static str {
         match self {
             PeerKind::Torch => "pip install torch, then point LAWSON_PYTHON at that python",
@@ -99,10 +118,10 @@ impl FromStr for PeerKind {
 
 /// What a peer shall compute. Its inputs are tensors of a file that [`write_inputs`] made:
 /// attention q [B, H, S, D], k, v [B, G, S, D]; decode q [B, H, 1, D], k, v [B, G, past, D]; qkv x [B, S, E] and
-/// `q_proj.weight` … `v_proj.weight`; block those, `o_proj.weight`, optional biases, and with a past `past_k`, `past_v` [B, G, past, D].
+/// `q_proj.weight` … `v_proj.weight`; softmax x [B, H·S, L]; rope x [B, H, S, D]; block those of qkv, `o_proj.weight`, optional biases, and with a past `past_k`, `past_v` [B, G, past, D].
 #[derive(Clone, Debug)]
 pub struct PeerSpec {
-    /// `block`, `attention`, `decode` or `qkv`.
+    /// `block`, `attention`, `decode` or `qkv`; on a GPU also `softmax` and `rope`.
     pub study: &'static str,
     /// One of [`PeerKind::variants`].
     pub variant: &'static str,
@@ -128,6 +147,8 @@ pub struct PeerSpec {
     pub dtype: DType,
     /// Threads.
     pub threads: usize,
+    /// `cpu` or `cuda:N`. On a GPU the inputs may hold fewer sequences than the batch, which then repeats them.
+    pub device: String,
     /// The file with the inputs.
     pub inputs: PathBuf,
 }
@@ -141,15 +162,27 @@ pub struct PeerOutput {
     pub data: Vec<f32>,
 }
 
-/// A running peer, warm and waiting for [`Peer::time_once`]. Dropping it ends its process.
+/// A program that computes for one peer, or for several on a GPU. Dropping it ends it.
 #[derive(Debug)]
-pub struct Peer {
+pub struct Process {
     kind: PeerKind,
     child: Child,
     stdin: ChildStdin,
     answers: Receiver<String>,
     complaints: Receiver<String>,
     folder: PathBuf,
+    /// Whether it still answers.
+    alive: bool,
+    /// Problems that it was given since it was told to forget them.
+    problems: usize,
+}
+
+/// A running peer, warm and waiting for [`Peer::time_once`].
+#[derive(Debug)]
+pub struct Peer {
+    process: Rc<RefCell<Process>>,
+    /// Which problem of the process it is.
+    problem: usize,
     version: String,
 }
 
@@ -175,24 +208,94 @@ impl Peer {
     /// # Errors
     /// `Unavailable` when the peer is not installed, cannot compute `spec`, or fails; the sentence says which.
     pub fn start(kind: PeerKind, spec: &PeerSpec) -> Result<Peer> {
+        let process = Process::start(kind, spec.threads)?;
+        Self::join(&Rc::new(RefCell::new(process)), spec)
+    }
+
+    /// Gives a process `spec` as its next problem and waits until it is warm.
+    ///
+    /// # Errors
+    /// As [`Peer::start`].
+    pub fn join(process: &Rc<RefCell<Process>>, spec: &PeerSpec) -> Result<Peer> {
+        let mut p = process.borrow_mut();
+        let problem = p.problems;
+        p.problems += 1;
+        p.send(&problem_line(spec));
+        let ready = p.answer(START)?;
+        let version = ready["version"].as_str().unwrap_or(p.kind.name()).to_owned();
+        Ok(Peer { process: Rc::clone(process), problem, version })
+    }
+
+    /// Name and version of the engine.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Makes one call and gives the seconds it took, as the peer measured them.
+    ///
+    /// # Errors
+    /// `Unavailable` when the peer failed, ended or did not answer in time.
+    pub fn time_once(&mut self) -> Result<f64> {
+        let mut p = self.process.borrow_mut();
+        let line = if p.problems == 1 { "run".to_owned() } else { json!({ "run": self.problem }).to_string() };
+        p.send(&line);
+        let answer = p.answer(CALL)?;
+        answer["seconds"].as_f64().ok_or_else(|| p.failed(&format!("it answered {answer} to run")))
+    }
+
+    /// The result of the last call; `rows` of it, as wide as a token's or a row's result, where they are given.
+    ///
+    /// # Errors
+    /// `Unavailable` when the peer failed or what it wrote cannot be read.
+    pub fn output(&mut self, rows: Option<&[usize]>) -> Result<PeerOutput> {
+        let mut p = self.process.borrow_mut();
+        let path = p.folder.join("y.safetensors");
+        let line = match (rows, p.problems) {
+            (None, 1) => json!({ "output": path }),
+            _ => json!({ "output": path, "problem": self.problem, "rows": rows }),
+        };
+        p.send(&line.to_string());
+        p.answer(CALL)?;
+        let bytes = fs::read(&path).map_err(|e| p.failed(&format!("its output could not be read: {e}")))?;
+        parse_y(&bytes).ok_or_else(|| p.failed("its output holds no float32 tensor y"))
+    }
+}
+
+impl Process {
+    /// Starts a peer's program.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is not installed.
+    pub fn start(kind: PeerKind, threads: usize) -> Result<Process> {
         if kind == PeerKind::Candle {
             candle_program()?;
         }
         let folder = scratch_folder()?;
-        let started = Self::spawn(kind, spec, &folder);
+        let started = Self::spawn(kind, threads, &folder);
         if started.is_err() {
             // Nothing refers to the folder any more; what cannot be removed the system clears.
             let _ = fs::remove_dir_all(&folder);
         }
         let (child, stdin, answers, complaints) = started?;
-        let mut peer = Peer { kind, child, stdin, answers, complaints, folder, version: String::new() };
-        peer.send(&problem_line(spec));
-        let ready = peer.answer(START)?;
-        peer.version = ready["version"].as_str().unwrap_or(kind.name()).to_owned();
-        Ok(peer)
+        Ok(Process { kind, child, stdin, answers, complaints, folder, alive: true, problems: 0 })
     }
 
-    fn spawn(kind: PeerKind, spec: &PeerSpec, folder: &Path) -> Result<(Child, ChildStdin, Receiver<String>, Receiver<String>)> {
+    /// Whether it still answers.
+    pub fn alive(&self) -> bool {
+        self.alive
+    }
+
+    /// Frees what the problems so far took; their peers are of no use afterwards.
+    ///
+    /// # Errors
+    /// `Unavailable` when it failed.
+    pub fn forget(&mut self) -> Result<()> {
+        self.problems = 0;
+        self.send(&json!({ "forget": true }).to_string());
+        self.answer(CALL).map(drop)
+    }
+
+    fn spawn(kind: PeerKind, threads: usize, folder: &Path) -> Result<(Child, ChildStdin, Receiver<String>, Receiver<String>)> {
         let mut command = match kind {
             PeerKind::Candle => Command::new(candle_program()?),
             PeerKind::Torch | PeerKind::Ort => {
@@ -204,7 +307,7 @@ impl Peer {
                 command
             }
         };
-        let threads = spec.threads.to_string();
+        let threads = threads.to_string();
         for variable in ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"] {
             command.env(variable, &threads);
         }
@@ -218,33 +321,6 @@ impl Peer {
         Ok((child, stdin, lines(stdout), lines(stderr)))
     }
 
-    /// Name and version of the engine.
-    pub fn version(&self) -> &str {
-        &self.version
-    }
-
-    /// Makes one call and gives the seconds it took, as the peer measured them.
-    ///
-    /// # Errors
-    /// `Unavailable` when the peer failed, ended or did not answer in time.
-    pub fn time_once(&mut self) -> Result<f64> {
-        self.send("run");
-        let answer = self.answer(CALL)?;
-        answer["seconds"].as_f64().ok_or_else(|| self.failed(&format!("it answered {answer} to run")))
-    }
-
-    /// The result of the last call.
-    ///
-    /// # Errors
-    /// `Unavailable` when the peer failed or what it wrote cannot be read.
-    pub fn output(&mut self) -> Result<PeerOutput> {
-        let path = self.folder.join("y.safetensors");
-        self.send(&json!({ "output": path }).to_string());
-        self.answer(CALL)?;
-        let bytes = fs::read(&path).map_err(|e| self.failed(&format!("its output could not be read: {e}")))?;
-        parse_y(&bytes).ok_or_else(|| self.failed("its output holds no float32 tensor y"))
-    }
-
     fn send(&mut self, line: &str) {
         // A peer that ended has said why; its answer is read next, or found missing.
         let _ = writeln!(self.stdin, "{line}").and_then(|()| self.stdin.flush());
@@ -253,8 +329,12 @@ impl Peer {
     fn answer(&mut self, limit: Duration) -> Result<Value> {
         let line = match self.answers.recv_timeout(limit) {
             Ok(line) => line,
-            Err(mpsc::RecvTimeoutError::Timeout) => return Err(self.failed(&format!("no answer within {} s", limit.as_secs()))),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.alive = false;
+                return Err(self.failed(&format!("no answer within {} s", limit.as_secs())));
+            }
             Err(mpsc::RecvTimeoutError::Disconnected) => {
+                self.alive = false;
                 // stderr may still be on its way.
                 thread::sleep(Duration::from_millis(100));
                 let last = self.complaints.try_iter().filter(|l| !l.trim().is_empty()).last();
@@ -277,7 +357,7 @@ impl Peer {
     }
 }
 
-impl Drop for Peer {
+impl Drop for Process {
     fn drop(&mut self) {
         // Each of these may find its object gone already, which is what is wanted.
         let _ = self.child.kill();
@@ -328,7 +408,7 @@ fn problem_line(spec: &PeerSpec) -> String {
     json!({
         "study": spec.study, "variant": spec.variant, "batch": spec.batch, "seq": spec.seq, "past": spec.past,
         "hidden": spec.hidden, "heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim,
-        "causal": spec.causal, "rope": spec.rope, "dtype": spec.dtype.to_string(), "threads": spec.threads, "inputs": spec.inputs,
+        "causal": spec.causal, "rope": spec.rope, "dtype": spec.dtype.to_string(), "threads": spec.threads, "device": spec.device, "inputs": spec.inputs,
     })
     .to_string()
 }
@@ -433,6 +513,7 @@ mod tests {
                 rope: false,
                 dtype: DType::F32,
                 threads: 1,
+                device: "cpu".to_owned(),
                 inputs: inputs.clone(),
             };
             let mut peer = match Peer::start(kind, &spec) {
@@ -445,7 +526,7 @@ mod tests {
                 }
             };
             assert!(peer.time_once().unwrap() > 0.0);
-            let y = peer.output().unwrap();
+            let y = peer.output(None).unwrap();
             assert_eq!(y.shape, shape);
             for (row, got) in y.data.chunks(d).enumerate() {
                 let (head, i) = (row / s, row % s);

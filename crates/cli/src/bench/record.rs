@@ -92,6 +92,9 @@ pub struct Row {
     pub p10_ms: Option<f64>,
     /// Ninetieth percentile, milliseconds.
     pub p90_ms: Option<f64>,
+    /// Median time of a call that finds nothing of what it reads in a GPU's second-level cache, milliseconds; the other times are of calls in a
+    /// row, which find there what fits.
+    pub cold_ms: Option<f64>,
     /// Timed calls.
     pub runs: Option<usize>,
     /// Peak bytes of one cold call above what is resident.

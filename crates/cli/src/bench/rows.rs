@@ -9,12 +9,16 @@ use super::{
     specs::{Case, Kernel, Study},
 };
 
+/// The variant of the RoPE study that turns q and k and appends k and v.
+pub const APPEND: &str = "fused append";
+
 /// A row with what `case` says, at `level`.
 pub fn base(session: &Session, case: &Case, level: &str) -> Row {
     let s = &case.shape;
     let block = matches!(case.study, Study::Block | Study::Qkv | Study::Throughput)
         || matches!(case.kernel, Some(Kernel::Projection | Kernel::Block));
-    let cached = block || matches!(case.study, Study::Attention | Study::Decode | Study::Kernels);
+    let with_cache = case.variant == Some(APPEND);
+    let cached = block || with_cache || matches!(case.study, Study::Attention | Study::Decode | Study::Kernels);
     let decode = case.study == Study::Decode || case.kernel == Some(Kernel::Decode);
     Row {
         study: case.study.name().to_owned(),
@@ -71,6 +75,7 @@ pub fn measured(row: &mut Row, m: &Measured, work: Work) {
     let milliseconds = |s: f64| Some(s * 1e3).filter(|v| v.is_finite());
     row.median_ms = milliseconds(median);
     (row.p10_ms, row.p90_ms) = (milliseconds(m.times.percentile(0.1)), milliseconds(m.times.percentile(0.9)));
+    row.cold_ms = m.cold.and_then(milliseconds);
     row.runs = Some(m.times.runs());
     row.gflops = work.flops.map(|f| f / median * 1e-9);
     row.gbps = Some(work.bytes / median * 1e-9);

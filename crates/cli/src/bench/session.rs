@@ -1,9 +1,15 @@
 //! What every study of one run shares.
 
+use std::{cell::RefCell, rc::Rc};
+
 use indicatif::ProgressBar;
 use lawson::{Context, Error, ErrorKind, Level, Result};
 
-use super::{measure::Budget, peers::PeerKind, rows::Limits};
+use super::{
+    measure::Budget,
+    peers::{PeerKind, Process},
+    rows::Limits,
+};
 use crate::{args::Global, signals};
 
 /// One run of the benchmark.
@@ -26,6 +32,8 @@ pub struct Session<'a> {
     pub peers: Vec<PeerKind>,
     /// Peers asked for that cannot, and why.
     pub missing: Vec<(PeerKind, String)>,
+    /// PyTorch on the GPU, once it was started: its start takes long, so that one process serves every configuration.
+    pub torch: RefCell<Option<Rc<RefCell<Process>>>>,
     /// Progress on stderr.
     pub bar: ProgressBar,
 }

@@ -21,9 +21,10 @@ fn shape(row: &Row) -> String {
     parts.join(" ")
 }
 
-const COLUMNS: [Column; 12] = [
+const COLUMNS: [Column; 13] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
+    ("cold cache", |r| r.cold_ms.map(|ms| output::seconds(ms / 1e3))),
     ("speed-up", |r| r.speedup.map(|s| format!("{s:.2}×"))),
     ("peak memory", |r| r.peak_bytes.map(|b| output::bytes(b as usize))),
     ("GFLOP/s", |r| r.gflops.map(|v| format!("{v:.1}"))),

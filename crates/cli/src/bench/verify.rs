@@ -261,6 +261,11 @@ impl AttentionReference {
         Ok(AttentionReference { tokens, width, want })
     }
 
+    /// Tokens that were computed, elements of each, and what they must be.
+    pub fn into_parts(self) -> (Vec<usize>, usize, Vec<f64>) {
+        (self.tokens, self.width, self.want)
+    }
+
     /// Checks `out` [T, H·D].
     pub fn check(&self, out: &[f32], limit: f64) -> Checked {
         check("out", limit, &gather(out, &self.tokens, self.width), &self.want, self.width)

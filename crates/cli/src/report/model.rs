@@ -178,6 +178,8 @@ pub fn peers(rows: &[Row]) -> Vec<String> {
 #[derive(PartialEq)]
 struct Key<'a> {
     sizes: [Option<usize>; 7],
+    /// Of attention alone, where it is a choice of the study's.
+    causal: Option<bool>,
     dtype: &'a str,
     device: &'a str,
     form: &'a str,
@@ -193,8 +195,12 @@ fn key(row: &Row, without: Option<Along>) -> Key<'_> {
         ("softmax", _) | (_, None) => "",
         (_, Some(v)) => v,
     };
-    let sizes = [keep(Along::Batch), keep(Along::Seq), past, row.hidden, row.heads, row.kv_heads, row.head_dim];
-    Key { sizes, dtype: &row.dtype, device: &row.device, form }
+    let attends = row.study == "attention";
+    // Attention is compared by length with as many tokens in all, the batch shrinking as sequences grow.
+    let batch = if attends && without == Some(Along::Seq) { None } else { keep(Along::Batch) };
+    let causal = row.causal.filter(|_| attends);
+    let sizes = [batch, keep(Along::Seq), past, row.hidden, row.heads, row.kv_heads, row.head_dim];
+    Key { sizes, causal, dtype: &row.dtype, device: &row.device, form }
 }
 
 fn describe(row: &Row, without: Option<Along>) -> String {
@@ -229,6 +235,9 @@ fn describe(row: &Row, without: Option<Along>) -> String {
         (_, "") => {}
         ("qkv", "layer") => parts.push("in the layer".to_owned()),
         (_, form) => parts.push(form.to_owned()),
+    }
+    if row.study == "attention" && row.causal == Some(false) {
+        parts.push("full".to_owned());
     }
     if !row.device.is_empty() && row.device != "cpu" {
         parts.push(row.device.clone());
@@ -273,7 +282,9 @@ pub fn sweeps<'a>(rows: &[&'a Row], along: Along, peers: &[String]) -> Vec<Sweep
         if lengths.len() < 3 {
             continue;
         }
-        let name = describe(members[0], Some(along));
+        let varied = members.iter().any(|r| r.batch != members[0].batch) && along != Along::Batch;
+        let named = Row { batch: members[0].batch.filter(|_| !varied), ..members[0].clone() };
+        let name = describe(&named, Some(along));
         found.push(Sweep { name, along, series: tracks(&members, along, peers) });
     }
     found

@@ -303,3 +303,83 @@ pub fn attention_only() -> Results {
 pub fn single() -> Results {
     Results { results: vec![row("block", "maximal", (1, 512, 0), 512, 3.4)], ..Results::default() }
 }
+
+/// `lawson bench --device cuda --preset article --peers torch`.
+pub fn gpu() -> Results {
+    let machine = Machine {
+        name: "NVIDIA H200".to_owned(),
+        isa: "sm_90a".to_owned(),
+        cores: Some(132),
+        l1_bytes: Some(228 << 10),
+        l2_bytes: Some(50 << 20),
+        memory_bytes: Some(140 << 30),
+        peak_gflops: Some(51_000.0),
+        bf16_peak_gflops: Some(770_000.0),
+        bandwidth_gbps: Some(4200.0),
+        os: Some("Linux 6.8 x86_64".to_owned()),
+        ..Machine::default()
+    };
+    let on_gpu =
+        |study: &str, level: &str, (size, hidden): ((usize, usize, usize), usize), flops: f64, bytes: f64, ms: f64| Row {
+            device: "cuda:0".to_owned(),
+            dtype: "bf16".to_owned(),
+            kv_dtype: Some("bf16".to_owned()),
+            weights: (study == "block").then(|| "bf16".to_owned()),
+            hidden: matches!(study, "block" | "qkv").then_some(hidden),
+            threads: None,
+            cold_ms: (!level.starts_with("peer:")).then_some(ms * 1.1),
+            flops: (flops > 0.0).then_some(flops as u64),
+            gflops: (flops > 0.0).then_some(flops / ms * 1e-6),
+            gbps: Some(bytes / ms * 1e-6),
+            note: level.starts_with("peer:").then(|| "PyTorch 2.11.0+cu130, CUDA graph".to_owned()),
+            ..row(study, level, size, hidden, ms)
+        };
+    let peer = |i: usize| ["peer:torch-sdpa-cudnn", "peer:torch-sdpa-flash", "peer:torch-compiled", "peer:torch-traditional"][i];
+    let mut rows = Vec::new();
+    for (b, s, e, best) in [(16, 512, 1024, 0.17), (8, 1024, 2048, 0.5), (4, 2048, 4096, 1.95)] {
+        let flops = (8 * b * s * e * e + 2 * b * s * s * e) as f64;
+        for (level, factor) in LEVELS.iter().zip([3.4, 3.3, 1.1, 1.0]) {
+            rows.push(on_gpu("block", level, ((b, s, 0), e), flops, (8 * e * e) as f64, best * factor));
+        }
+        for (i, factor) in [1.2, 1.3, 1.05, 4.0].into_iter().enumerate() {
+            rows.push(on_gpu("block", peer(i), ((b, s, 0), e), flops, (8 * e * e) as f64, best * factor));
+        }
+    }
+    for (causal, head_dim) in [(false, 64), (false, 128), (true, 64), (true, 128)] {
+        for s in [1024, 2048, 4096, 8192, 16_384] {
+            let flops = 4.0 * 16_384.0 * s as f64 * 2048.0 * if causal { 0.5 } else { 1.0 };
+            let ms = flops / (330.0 + 10.0 * (s as f64).log2()) * 1e-9;
+            let mut levels = vec![("maximal", 1.0), (peer(0), 0.7), (peer(1), 1.05)];
+            if s <= 4096 {
+                levels.extend([("unfused", 14.0), (peer(3), 16.0)]);
+            }
+            for (level, factor) in levels {
+                let row = on_gpu("attention", level, ((16_384 / s, s, 0), 2048), flops, 2e8, ms * factor);
+                let heads = Some(2048 / head_dim);
+                rows.push(Row { causal: Some(causal), heads, kv_heads: heads, head_dim: Some(head_dim), ..row });
+            }
+        }
+    }
+    for kv_heads in [32, 8] {
+        for (b, l) in [(1, 4096), (1, 16_384), (1, 65_536), (8, 4096), (32, 4096), (32, 16_384), (128, 4096)] {
+            let bytes = (4 * b * kv_heads * l * 128) as f64;
+            for (level, factor) in [("maximal", 1.0), (peer(0), 1.04), (peer(1), 1.3)] {
+                let row = on_gpu("decode", level, ((b, 1, l), 4096), bytes, bytes, factor * (0.006 + bytes / 4.5e9));
+                rows.push(Row { heads: Some(32), kv_heads: Some(kv_heads), head_dim: Some(128), ..row });
+            }
+        }
+    }
+    for (level, variant, ms) in [
+        ("unfused", "two-pass half", 0.71),
+        ("maximal", "fused half", 0.27),
+        ("peer:torch-compiled", "peer half", 0.295),
+        ("peer:torch-traditional", "peer half", 3.07),
+        ("unfused", "two-pass interleaved", 0.72),
+        ("maximal", "fused interleaved", 0.27),
+        ("maximal", "fused append", 0.82),
+    ] {
+        let bytes = if variant == "fused append" { 3.2e9 } else { 1.07e9 };
+        rows.push(Row { variant: Some(variant.to_owned()), ..on_gpu("rope", level, ((32, 2048, 0), 4096), 0.0, bytes, ms) });
+    }
+    Results { lawson: "0.1.0".to_owned(), machine, results: rows }
+}

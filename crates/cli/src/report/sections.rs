@@ -183,9 +183,10 @@ pub fn limit_share(row: &Row, m: &Machine) -> Option<String> {
 /// A table of the rows of each configuration, with the columns that some row fills.
 pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     type Column<'a> = (&'static str, &'a dyn Fn(&Row) -> Option<String>);
-    let columns: [Column<'_>; 9] = [
+    let columns: [Column<'_>; 10] = [
         ("#median", &|r| ms(r).map(format::time)),
         ("#p10 – p90", &|r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| format::times(a, b))),
+        ("#cold cache", &|r| r.cold_ms.map(format::time)),
         ("#peak memory", &|r| r.peak_bytes.map(|b| format::bytes(real(b)))),
         ("#traffic", &|r| r.traffic_bytes.map(|b| format::bytes(real(b)))),
         ("#GFLOP/s", &|r| r.gflops.map(format::sig3)),
@@ -655,6 +656,14 @@ pub fn method(run: &Run<'_>) -> Section {
     ];
     if rows.iter().any(|r| r.note.as_deref().is_some_and(|note| note.contains("the article"))) {
         texts.push(ARTICLE.to_owned());
+    }
+    if rows.iter().any(|r| r.device.starts_with("cuda")) {
+        texts.push(
+            "On a GPU a call is a CUDA graph, timed by the GPU's own clock: the mean of as many replays in a row as fill 2 ms, which find in the \
+                second-level cache what fits there. Cold cache is one replay after that cache was overwritten. Peers are timed alike; their notes say \
+                which of them are graphs."
+                .to_owned(),
+        );
     }
     let absent: Vec<String> = run
         .peers

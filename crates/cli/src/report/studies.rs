@@ -4,7 +4,7 @@ use crate::bench::record::Row;
 
 use super::axis::Spread;
 use super::format;
-use super::model::{Along, configs, sweeps};
+use super::model::{Along, Sweep, configs, sweeps};
 use super::page::{Block, Section};
 use super::sections::{MEMORY, Quantity, Run, TIME, absent, over, payoffs, real, remarks, speed_and_memory, sweep_blocks, table};
 
@@ -15,6 +15,8 @@ const BANDWIDTH: Quantity = Quantity {
     format: format::plain,
     get: |r| r.gbps,
 };
+const RATE: Quantity =
+    Quantity { title: "Rate", axis: "GFLOP/s", spread: Spread::Linear, format: format::plain, get: |r| r.gflops };
 const TOKENS: Quantity = Quantity {
     title: "Throughput",
     axis: "decoded tokens/s, whole batch",
@@ -65,7 +67,7 @@ fn bars_and_table(run: &Run<'_>, rows: &[&Row]) -> Vec<Block> {
 
 fn qkv(run: &Run<'_>) -> Section {
     let head = ("study-qkv", "Projection: separate or fused", "separate against fused projection");
-    let text = "Three products that each read x, or one that packs x once for all three; alone and inside a whole layer.";
+    let text = "Three products that each read x, or one for all three; alone and inside a whole layer.";
     study(run, "qkv", head, text, |rows| bars_and_table(run, rows))
 }
 
@@ -78,7 +80,8 @@ fn softmax(run: &Run<'_>) -> Section {
 
 fn rope(run: &Run<'_>) -> Section {
     let head = ("study-rope", "Rotary embedding: two-pass or fused", "the rotary embedding");
-    let text = "Rotating queries and keys in two passes with a rotated copy, or in one pass, in both layouts.";
+    let text = "Rotating queries and keys in two passes with a rotated copy, or in one pass, in both layouts. On a GPU also the pass \
+        that follows the projection: q and k rotated, k and v appended to the cache.";
     study(run, "rope", head, text, |rows| bars_and_table(run, rows))
 }
 
@@ -90,6 +93,9 @@ fn attention(run: &Run<'_>) -> Section {
         let swept = |row: &Row| found.iter().flat_map(|s| &s.series).flat_map(|t| &t.rows).any(|r| std::ptr::eq(*r, row));
         let rest: Vec<&Row> = rows.iter().copied().filter(|r| !swept(r)).collect();
         let mut blocks = sweep_blocks(&found);
+        // A batch that shrinks as sequences grow leaves the tokens, so that the rate says more than the time.
+        let rates: Vec<_> = found.iter().filter(|s| on_gpu(s)).filter_map(|s| over(s, &RATE, false)).collect();
+        blocks.extend((!rates.is_empty()).then_some(Block::Figures { items: rates }));
         if !found.is_empty() {
             let unfused: Vec<&Row> = rows.iter().copied().filter(|r| r.level == "unfused").collect();
             blocks.extend(remarks(&unfused));
@@ -112,8 +118,17 @@ fn decode(run: &Run<'_>) -> Section {
             blocks.push(Block::Figures { items });
             blocks.extend(payoffs(sweep).map(|table| Block::Table { table }));
         }
-        if found.is_empty() { bars_and_table(run, rows) } else { blocks }
+        let swept = |row: &Row| found.iter().flat_map(|s| &s.series).flat_map(|t| &t.rows).any(|r| std::ptr::eq(*r, row));
+        let rest: Vec<&Row> = rows.iter().copied().filter(|r| !swept(r)).collect();
+        if !rest.is_empty() {
+            blocks.extend(bars_and_table(run, &rest));
+        }
+        blocks
     })
+}
+
+fn on_gpu(sweep: &Sweep<'_>) -> bool {
+    sweep.series.iter().flat_map(|t| &t.rows).any(|r| r.device.starts_with("cuda"))
 }
 
 fn throughput(run: &Run<'_>) -> Section {

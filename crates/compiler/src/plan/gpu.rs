@@ -117,7 +117,6 @@ impl Draft<'_> {
 
     fn gpu_materialised(&mut self, level: Level) {
         let spec = &self.problem.spec;
-        let (a, batch) = (&spec.attention, &self.problem.batch);
         let x = self.normed_x();
         let qkv = buffer(BufferName::Qkv);
         if level == Level::Unfused {
@@ -139,6 +138,15 @@ impl Draft<'_> {
         }
         let (q, k): (Operand, &[Operand]) = if passes { (turned[0], &[turned[1], qkv]) } else { (qkv, &[qkv]) };
         self.step(Op::Append, KernelOp::Rope, k, &[Operand::Cache], "a copy of its own at this level");
+        let o = buffer(BufferName::Attention);
+        self.gpu_materialised_attention(q, o);
+        self.gpu_output(false);
+        self.rejected.push(Rejected { what: "tiled attention".into(), why: format!("level {level} keeps the scores in memory") });
+    }
+
+    /// Attention of `q` [T, H·D] over the cache into `o`, scores in memory.
+    fn gpu_materialised_attention(&mut self, q: Operand, o: Operand) {
+        let (a, batch) = (&self.problem.spec.attention, &self.problem.batch);
         let [qs, s, os] = [BufferName::QHeads, BufferName::Scores, BufferName::OHeads].map(buffer);
         let prefill = KernelOp::AttentionPrefill;
         self.step(Op::TransposeQ, prefill, &[q], &[qs], "heads apart, as a batch of products reads them");
@@ -171,9 +179,7 @@ impl Draft<'_> {
         }
         self.step(Op::Softmax, KernelOp::Softmax, &[s], &[s], "in place, in the one score buffer");
         self.step(Op::WeightedValues, KernelOp::Gemm, &[s, values], &[os], "probabilities of every row");
-        self.step(Op::TransposeO, prefill, &[os], &[buffer(BufferName::Attention)], "back to tokens");
-        self.gpu_output(false);
-        self.rejected.push(Rejected { what: "tiled attention".into(), why: format!("level {level} keeps the scores in memory") });
+        self.step(Op::TransposeO, prefill, &[os], &[o], "back to tokens");
     }
 
     fn gpu_tiled(&mut self, level: Level) {
@@ -187,11 +193,21 @@ impl Draft<'_> {
         let q = if self.gpu_qkv_dtype() == self.problem.dtype { qkv } else { buffer(BufferName::Q) };
         let writes = [q, Operand::Cache];
         self.step(Op::HeadEpilogue { norm: folded }, KernelOp::Rope, reads, &writes, "each element is read and written once");
+        self.gpu_tiled_attention(q, buffer(BufferName::Attention));
+        self.gpu_output(level == Level::Maximal);
+        if level == Level::Maximal && spec.input_norm.is_none() && !spec.residual {
+            let why = "this block has no norm to fold and no residual to add: the steps are those of moderate";
+            self.rejected.push(Rejected { what: "more fusion".into(), why: why.into() });
+        }
+        self.rejected.push(Rejected { what: "scores in memory".into(), why: "tiled attention moves fewer bytes".into() });
+    }
+
+    /// Attention of `q` [T, H·D] over the cache into `o`, in tiles.
+    fn gpu_tiled_attention(&mut self, q: Operand, o: Operand) {
         let tiled = self.gpu_tiles();
         let kernel = if tiled.query_tile == 0 { KernelOp::AttentionDecode } else { KernelOp::AttentionPrefill };
         let mut reads = vec![q, Operand::Cache];
         reads.extend(self.problem.mask.map(|_| Operand::Mask));
-        let o = buffer(BufferName::Attention);
         let why = match (tiled.query_tile, tiled.split) {
             (0, None) => "few queries: a key is read once for all heads of its group".to_string(),
             (0, Some(s)) => {
@@ -204,12 +220,16 @@ impl Draft<'_> {
         let parts = buffer(BufferName::Parts);
         let writes: &[Operand] = if tiled.split.is_some() { &[parts, o] } else { &[o] };
         self.step(Op::Attention(tiled), kernel, &reads, writes, why);
-        self.gpu_output(level == Level::Maximal);
-        if level == Level::Maximal && spec.input_norm.is_none() && !spec.residual {
-            let why = "this block has no norm to fold and no residual to add: the steps are those of moderate";
-            self.rejected.push(Rejected { what: "more fusion".into(), why: why.into() });
+    }
+
+    /// Attention alone: x is q [T, H·D], the cache has all keys and values, y is the result.
+    pub(super) fn gpu_attention(&mut self, level: Level) {
+        self.begin(None);
+        if level <= Level::Minimal && self.problem.dtype == self.problem.kv_dtype {
+            self.gpu_materialised_attention(Operand::X, Operand::Y);
+        } else {
+            self.gpu_tiled_attention(Operand::X, Operand::Y);
         }
-        self.rejected.push(Rejected { what: "scores in memory".into(), why: "tiled attention moves fewer bytes".into() });
     }
 }
 

@@ -80,6 +80,24 @@ impl Planner<'_> {
     /// # Errors
     /// `InvalidInput` when the problem is not valid or a buffer is too large to address; `Unavailable` for a paged cache on a CPU.
     pub fn plan(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
+        self.draft(problem, level, |d| match (self.machine.kind, level) {
+            (DeviceKind::Gpu, _) => d.gpu(level),
+            (_, Level::Unfused | Level::Minimal) => d.materialised(level),
+            (_, Level::Moderate) => d.moderate(),
+            (_, Level::Maximal) => d.maximal(),
+        })
+    }
+
+    /// The plan of attention alone on a GPU: x is q [T, H·D], as wide as the problem's hidden size, the cache has all keys and values, y is the
+    /// result. Scores lie in memory at `unfused` and `minimal`.
+    ///
+    /// # Errors
+    /// As [`Planner::plan`].
+    pub fn attention(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
+        self.draft(problem, level, |d| d.gpu_attention(level))
+    }
+
+    fn draft<'a>(&'a self, problem: &'a BlockProblem, level: Level, steps: impl FnOnce(&mut Draft<'a>)) -> Result<BlockPlan> {
         problem.validate()?;
         if self.machine.kind == DeviceKind::Cpu && problem.page_size.is_some() {
             return Err(Error::new(
@@ -98,12 +116,7 @@ impl Planner<'_> {
             steps: 0,
             scratch: self.scratch.other(problem),
         };
-        match (self.machine.kind, level) {
-            (DeviceKind::Gpu, _) => d.gpu(level),
-            (_, Level::Unfused | Level::Minimal) => d.materialised(level),
-            (_, Level::Moderate) => d.moderate(),
-            (_, Level::Maximal) => d.maximal(),
-        }
+        steps(&mut d);
         if let Some(l) = d.live.iter().find(|l| l.elements > MOST_ELEMENTS) {
             return Err(Error::invalid(format!("the buffer '{}' of level {level} is too large to address", l.name.name())));
         }

@@ -36,6 +36,26 @@ impl Run<'_> {
         Ok(self.workspace + buffer.offset as u64)
     }
 
+    /// Queries and the elements from a token to the next: x where the plan is attention alone.
+    fn queries(&self) -> Result<(u64, usize)> {
+        let a = &self.plan.problem.spec.attention;
+        if self.plan.buffer(BufferName::Q).is_some() {
+            return Ok((self.buffer(BufferName::Q)?, a.q_dim()));
+        }
+        match self.plan.buffer(BufferName::Qkv) {
+            Some(_) => Ok((self.buffer(BufferName::Qkv)?, a.qkv_dim())),
+            None => Ok((self.operands.x, a.q_dim())),
+        }
+    }
+
+    /// Where attention's result goes: y where the plan is attention alone.
+    fn attended(&self) -> Result<u64> {
+        match self.plan.buffer(BufferName::Attention) {
+            Some(_) => self.buffer(BufferName::Attention),
+            None => Ok(self.operands.y),
+        }
+    }
+
     fn optional(&self, b: &Option<DeviceBuffer>) -> u64 {
         b.as_ref().map_or(0, DeviceBuffer::ptr)
     }
@@ -210,15 +230,11 @@ impl Run<'_> {
                 (params.k, params.v) = (self.buffer(BufferName::KHeads)?, self.buffer(BufferName::VHeads)?);
             }
             Op::TransposeQ => {
-                if self.plan.buffer(BufferName::Q).is_some() {
-                    params.x = self.buffer(BufferName::Q)?;
-                } else {
-                    params.x = self.buffer(BufferName::Qkv)?;
-                    params.token_stride = (a.qkv_dim() * size) as i64;
-                }
+                let (q, stride) = self.queries()?;
+                (params.x, params.token_stride) = (q, (stride * size) as i64);
                 params.y = self.buffer(BufferName::QHeads)?;
             }
-            _ => (params.x, params.y) = (self.buffer(BufferName::OHeads)?, self.buffer(BufferName::Attention)?),
+            _ => (params.x, params.y) = (self.buffer(BufferName::OHeads)?, self.attended()?),
         }
         Ok(params)
     }
@@ -251,12 +267,12 @@ impl Run<'_> {
     fn attention(&self) -> Result<attention::Call> {
         let (o, a) = (self.operands, &self.plan.problem.spec.attention);
         let mask = o.mask.unwrap_or_default();
-        let turned = self.plan.buffer(BufferName::Q).is_some();
+        let (q, q_stride) = self.queries()?;
         Ok(attention::Call {
             cache: o.cache,
-            q: self.buffer(if turned { BufferName::Q } else { BufferName::Qkv })?,
-            q_stride: if turned { a.q_dim() } else { a.qkv_dim() } as i64,
-            out: self.buffer(BufferName::Attention)?,
+            q,
+            q_stride: q_stride as i64,
+            out: self.attended()?,
             out_stride: a.q_dim() as i64,
             lse: 0,
             starts: self.starts,

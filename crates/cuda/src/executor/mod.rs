@@ -3,7 +3,10 @@
 mod addresses;
 mod ready;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    fmt::Display,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use lawson_core::{
     Error, ErrorKind, Result,
@@ -65,7 +68,7 @@ pub struct Gpu {
 
 /// Memory that calls share, one behind another in the stream. Graphs hold on to what they were captured with.
 #[derive(Default)]
-struct State {
+pub(crate) struct State {
     workspace: Option<Arc<DeviceBuffer>>,
     /// Zeros between calls.
     counters: Option<Arc<DeviceBuffer>>,
@@ -117,7 +120,7 @@ impl Gpu {
         &self.blas
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -176,7 +179,7 @@ impl Gpu {
     }
 
     /// [`Gpu::run`] for who holds the state.
-    unsafe fn run_locked(
+    pub(crate) unsafe fn run_locked(
         &self,
         state: &mut State,
         plan: &BlockPlan,
@@ -195,13 +198,8 @@ impl Gpu {
                 ready
             }
         };
-        if state.workspace.as_ref().is_none_or(|w| w.bytes() < plan.workspace_bytes) {
-            // The old one goes first: both together may not fit.
-            state.workspace = None;
-            let workspace = self.device.alloc(plan.workspace_bytes);
-            let named = |e: Error| e.at(format!("the workspace of {} at level {}", plan.problem, plan.level));
-            state.workspace = Some(Arc::new(workspace.map_err(named)?));
-        }
+        let what = format_args!("{} at level {}", plan.problem, plan.level);
+        let workspace = self.workspace(state, plan.workspace_bytes, &what)?;
         let sizes = Sizes::new(plan, self.device.info().multiprocessors as usize);
         let counters = plan.steps().map(|s| if let Op::Attention(t) = &s.op { sizes.attention(t).counters() } else { 0 });
         let counters = counters.max().unwrap_or(0) * 4;
@@ -210,27 +208,37 @@ impl Gpu {
             buffer.fill(0)?;
             state.counters = Some(Arc::new(buffer));
         }
-        let lengths = state.lengths(&self.device, operands.new.len())?;
-        lengths.send(operands.new, operands.past)?;
+        let (starts, past) = self.lengths(state, operands.new, operands.past)?;
         let frequencies = operands.frequencies.map_or(Ok(0), |f| state.frequencies(&self.device, &f.inverse))?;
-        let address = |b: &Option<Arc<DeviceBuffer>>| b.as_ref().map_or(0, |b| b.ptr());
-        let lengths = lengths.buffer.ptr();
-        let run = Run {
-            plan,
-            operands,
-            sizes,
-            workspace: address(&state.workspace),
-            counters: address(&state.counters),
-            starts: lengths,
-            past: lengths + 4 * (operands.new.len() as u64 + 1),
-            frequencies,
-        };
+        let counters = state.counters.as_ref().map_or(0, |b| b.ptr());
+        let run = Run { plan, operands, sizes, workspace, counters, starts, past, frequencies };
         for (i, (step, ready)) in plan.steps().zip(ready.iter()).enumerate() {
             // SAFETY: the caller's; the plan's buffers fit the workspace reserved above.
             unsafe { run.step(&step.op, &step.writes, ready)? };
             monitor(i)?;
         }
         Ok(())
+    }
+
+    /// Where the shared workspace lies, once it has `bytes` bytes; `what` needs them.
+    pub(crate) fn workspace(&self, state: &mut State, bytes: usize, what: &dyn Display) -> Result<u64> {
+        if let Some(workspace) = state.workspace.as_ref().filter(|w| w.bytes() >= bytes) {
+            return Ok(workspace.ptr());
+        }
+        // The old one goes first: both together may not fit.
+        state.workspace = None;
+        let workspace = Arc::new(self.device.alloc(bytes).map_err(|e| e.at(format!("the workspace of {what}")))?);
+        let address = workspace.ptr();
+        state.workspace = Some(workspace);
+        Ok(address)
+    }
+
+    /// Makes the lengths on the device these: addresses of starts [B + 1] and past `[B]`.
+    pub(crate) fn lengths(&self, state: &mut State, new: &[usize], past: &[usize]) -> Result<(u64, u64)> {
+        let lengths = state.lengths(&self.device, new.len())?;
+        lengths.send(new, past)?;
+        let starts = lengths.buffer.ptr();
+        Ok((starts, starts + 4 * (new.len() as u64 + 1)))
     }
 }
 
@@ -248,7 +256,7 @@ impl State {
         Ok(lengths)
     }
 
-    fn frequencies(&mut self, device: &Device, inverse: &[f64]) -> Result<u64> {
+    pub(crate) fn frequencies(&mut self, device: &Device, inverse: &[f64]) -> Result<u64> {
         if let Some((_, buffer)) = self.frequencies.iter().find(|(kept, _)| kept == inverse) {
             return Ok(buffer.ptr());
         }

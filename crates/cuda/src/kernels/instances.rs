@@ -9,6 +9,7 @@ use lawson_core::{
 
 use super::{
     attention, heads,
+    passes::{RopePasses, SoftmaxPasses},
     rows::{Norm, Residual, Scores, Softmax, Transpose},
 };
 use crate::Instance;
@@ -35,7 +36,10 @@ pub fn instances(compute_capability: (u32, u32), shared: u32) -> Vec<Instance> {
             // Where a row is not masked its width may be odd.
             all.extend([width, width + 2, width + 1].map(|w| Softmax::instance(dtype, w, w.next_multiple_of(8))));
         }
+        all.extend([32, 4, 2].map(|head_dim| RopePasses::instance(&heads(dtype, dtype, head_dim, 1))));
     }
+    all.extend([4, 2, 1].map(SoftmaxPasses::instance));
+    all.extend([4, 2, 1].map(Softmax::online_instance));
     for (from, to) in [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2)].map(|(a, b)| (DTYPES[a], DTYPES[b])) {
         for tokens in [1, 1024] {
             all.extend(HEAD_DIMS.map(|head_dim| heads(from, to, head_dim, tokens).instance()));

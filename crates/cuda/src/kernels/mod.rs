@@ -11,6 +11,7 @@ pub mod cache;
 mod geometry;
 pub mod heads;
 mod instances;
+pub mod passes;
 pub mod rows;
 
 pub use instances::instances;
@@ -38,6 +39,10 @@ sources! {
     QKV_EPILOGUE = "qkv_epilogue" ["qkv_epilogue"] ["prelude.cuh", "cache.cuh", "rope.cuh"];
     /// Softmax of rows.
     SOFTMAX = "softmax" ["softmax"] ["prelude.cuh"];
+    /// Softmax of rows in three passes.
+    SOFTMAX_PASSES = "softmax_passes" ["softmax_max", "softmax_exp", "softmax_divide"] ["prelude.cuh"];
+    /// RoPE in two passes.
+    ROPE_PASSES = "rope_passes" ["rope_partner", "rope_combine"] ["prelude.cuh", "cache.cuh", "rope.cuh"];
     /// Passes over scores.
     SCORES = "scores" ["scores"] ["prelude.cuh", "cache.cuh"];
     /// Copies of rows.

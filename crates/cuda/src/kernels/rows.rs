@@ -115,6 +115,15 @@ impl Softmax {
     /// What is compiled.
     pub fn instance(out: DType, width: usize, stride: usize) -> Instance {
         let (vector, items) = Self::items(width, stride);
+        Self::with(out, vector, items)
+    }
+
+    /// The same where rows are read twice, with the maximum and sum taken online, however narrow they are.
+    pub fn online_instance(width: usize) -> Instance {
+        Self::with(DType::F32, Self::items(width, width).0, 0)
+    }
+
+    fn with(out: DType, vector: usize, items: usize) -> Instance {
         let macros = [("DTYPE", 0), ("OUT_DTYPE", geometry::code(out)), ("VEC", vector as i64), ("ITEMS", items as i64)];
         Instance::new(&SOFTMAX, &macros)
     }
@@ -125,7 +134,19 @@ impl Softmax {
     /// As [`Module::kernel`].
     pub fn new(module: &Module, rows: usize, width: usize, stride: usize) -> Result<Self> {
         let (vector, items) = Self::items(width, stride);
-        let (grid, block) = geometry::rows(rows, width.div_ceil(vector), if items == 0 { 1 } else { items });
+        Self::over(module, rows, width.div_ceil(vector), if items == 0 { 1 } else { items })
+    }
+
+    /// Over contiguous rows, of the instance that reads them twice.
+    ///
+    /// # Errors
+    /// As [`Module::kernel`].
+    pub fn online(module: &Module, rows: usize, width: usize) -> Result<Self> {
+        Self::over(module, rows, width.div_ceil(Self::items(width, width).0), 4)
+    }
+
+    fn over(module: &Module, rows: usize, vectors: usize, items: usize) -> Result<Self> {
+        let (grid, block) = geometry::rows(rows, vectors, items);
         let launch = Launch { block, ..Launch::new(grid, 1).overlapping_previous() };
         Ok(Softmax { kernel: module.kernel("softmax")?, launch })
     }

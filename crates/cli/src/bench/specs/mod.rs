@@ -1,5 +1,6 @@
 //! What is measured: the configurations of each study, as data.
 
+mod gpu;
 mod kernels;
 
 use clap::ValueEnum;
@@ -64,8 +65,10 @@ pub enum Preset {
 
 impl Preset {
     /// Time of a configuration.
-    pub fn budget(self) -> Budget {
+    pub fn budget(self, on_gpu: bool) -> Budget {
         match self {
+            // A GPU's calls are short, and its article has more configurations.
+            _ if on_gpu => Budget { seconds: 0.5, least: 5, most: 30 },
             Preset::Quick => Budget { seconds: 0.7, least: 5, most: 30 },
             Preset::Article => Budget { seconds: 8.0, least: 5, most: 50 },
         }
@@ -210,13 +213,15 @@ pub struct Case {
     pub steps: bool,
     /// Whether a child process confirms the peak memory.
     pub confirm_peak: bool,
+    /// Whether peers are measured beside it.
+    pub peers: bool,
     /// What the reader must know.
     pub notes: Vec<String>,
 }
 
 impl Case {
     fn new(study: Study, shape: Shape) -> Self {
-        Case { study, variant: None, kernel: None, shape, steps: false, confirm_peak: false, notes: Vec::new() }
+        Case { study, variant: None, kernel: None, shape, steps: false, confirm_peak: false, peers: true, notes: Vec::new() }
     }
     fn variant(self, variant: &'static str) -> Self {
         Case { variant: Some(variant), ..self }
@@ -348,9 +353,14 @@ fn each(study: Study) -> Vec<Study> {
     if study == Study::All { Study::EACH.to_vec() } else { vec![study] }
 }
 
-/// The configurations of `study` in a preset.
-pub fn preset(study: Study, preset: Preset) -> Vec<Case> {
-    let of = |s: Study| if preset == Preset::Quick { quick(s) } else { article(s) };
+/// The configurations of `study` in a preset, for a GPU or the CPU.
+pub fn preset(study: Study, preset: Preset, on_gpu: bool) -> Vec<Case> {
+    let of = |s: Study| match (on_gpu, preset) {
+        (true, Preset::Quick) => gpu::quick(s),
+        (true, Preset::Article) => gpu::article(s),
+        (false, Preset::Quick) => quick(s),
+        (false, Preset::Article) => article(s),
+    };
     each(study).into_iter().flat_map(of).collect()
 }
 

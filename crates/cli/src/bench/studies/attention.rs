@@ -66,6 +66,13 @@ impl Numbers {
     }
 }
 
+impl Numbers {
+    /// q, k and v.
+    pub fn parts(&self) -> (&[f32], &[f32], &[f32]) {
+        (&self.q, &self.k, &self.v)
+    }
+}
+
 impl<'a> Operator<'a> {
     /// Plain attention of the shape `s`.
     pub fn new(session: &'a Session<'a>, s: &Shape, n: &Numbers) -> Result<Self> {

@@ -201,18 +201,18 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
 pub fn of_levels(session: &Session, case: &Case, levels: &[Level]) -> Result<BlockRows> {
     let problem = case.shape.problem();
     let data = inputs::block_data(&problem, SEED, session.threads());
+    let mut peers = start_peers(session, case, &data)?;
+    let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
     if session.context.gpu().is_some() {
         let mut forms = GraphForms::new(session, &problem, &data, levels)?;
-        let found = measure(session, &mut forms, &mut [])?;
-        let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
+        let found = measure(session, &mut forms, &mut peers.forms)?;
         let mut rows = level_rows(session, case, levels, &mut forms, &found, work)?;
+        rows.extend(peer_rows::rows_of(session, case, &peers, &found[levels.len()..], work));
         rows::speedups(&mut rows);
         return Ok(BlockRows { rows, weight_bytes: forms.weight_bytes() });
     }
     let mut forms = BlockForms::new(session, &problem, &data, levels, None)?;
-    let mut peers = start_peers(session, case, &data)?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
-    let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
     let mut rows = level_rows(session, case, levels, &mut forms, &found, work)?;
     rows.extend(peer_rows::rows_of(session, case, &peers, &found[levels.len()..], work));
     rows::speedups(&mut rows);
@@ -257,7 +257,9 @@ fn start_peers(session: &Session, case: &Case, data: &BlockData) -> Result<PeerS
         return Ok(PeerSet::none());
     }
     let s = &case.shape;
-    peer_rows::start(session, case, || {
+    // PyTorch's traditional form takes no cache.
+    let without: &[&str] = if session.context.gpu().is_some() && s.past > 0 { &["traditional"] } else { &[] };
+    peer_rows::start_without(session, case, without, || {
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let mut tensors = vec![
             ("x", vec![s.batch, s.seq, s.hidden], Cow::Borrowed(&data.x[..])),

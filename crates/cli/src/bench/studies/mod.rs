@@ -4,6 +4,7 @@ mod attention;
 mod block;
 mod block_gpu;
 mod kernels;
+pub mod operators_gpu;
 mod qkv;
 mod rope;
 mod softmax;
@@ -25,7 +26,12 @@ const SEED: u64 = 1;
 /// # Errors
 /// `Cancelled` when Ctrl-C was pressed; else what the first failing call reports. A wrong result is none: its row says so.
 pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
+    let gpu = session.context.gpu().is_some();
     match case.study {
+        Study::Qkv if gpu && case.variant == Some("alone") => operators_gpu::qkv(session, case),
+        Study::Softmax if gpu => operators_gpu::softmax(session, case),
+        Study::Rope if gpu => operators_gpu::rope(session, case),
+        Study::Attention | Study::Decode if gpu => operators_gpu::attention(session, case),
         Study::Block => block::run(session, case),
         Study::Qkv if case.variant == Some("layer") => block::run(session, case),
         Study::Qkv => qkv::run(session, case),

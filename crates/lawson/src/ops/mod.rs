@@ -1,8 +1,11 @@
-//! The block's operators on borrowed tensors.
+//! The block's operators on borrowed tensors, on the device of the context. On a GPU, tensors on it stay there, and calls return once they are
+//! enqueued; tensors on the host are copied there and back, which waits.
+
+mod gpu;
 
 use lawson_core::{
     DType, Error, Result, TensorMut, TensorRef,
-    problem::{AttentionProblem, AttentionSpec, Lengths, RopeSpec},
+    problem::{AttentionProblem, AttentionSpec, Lengths, Level, RopeSpec},
 };
 use lawson_cpu::{
     kernels::{
@@ -14,9 +17,13 @@ use lawson_cpu::{
     pack::{PackedMatrix, tile_columns},
 };
 
+use lawson_cuda::Gpu;
+
 use crate::{Context, MaskRef};
 
+pub use gpu::{Operation, RopeAppendArgs, replay_timed, rope_append};
 pub use lawson_core::softmax_state::SoftmaxState as OnlineSoftmax;
+pub use lawson_cuda::operators::Replays;
 
 /// What [`attention`] takes.
 pub struct AttentionArgs<'a> {
@@ -38,12 +45,20 @@ pub struct AttentionArgs<'a> {
     pub slopes: Option<&'a [f32]>,
     /// Result, `[T, H, D]`, in q's dtype.
     pub out: TensorMut<'a>,
-    /// Natural log-sum-exp of each row's scores, `[T, H]`; −∞ for a row that sees no key and has no sink.
+    /// Natural log-sum-exp of each row's scores, `[T, H]`; −∞ for a row that sees no key and has no sink. The CPU alone gives it.
     pub lse: Option<&'a mut [f32]>,
 }
 
 fn shape_error(name: &str, t: &TensorRef<'_>, needed: &str) -> Error {
     Error::invalid(format!("{name} has shape {:?} and strides {:?}, needed {needed}", t.shape(), t.strides()))
+}
+
+/// Refuses tensors that the CPU does not reach.
+fn on_host(tensors: &[(&str, TensorRef<'_>)]) -> Result<()> {
+    match tensors.iter().find(|(_, t)| !t.storage().is_host()) {
+        Some((name, _)) => Err(Error::invalid(format!("{name} lies on a device, but the context is the CPU's"))),
+        None => Ok(()),
+    }
 }
 
 /// Where a tensor's rows lie.
@@ -56,13 +71,8 @@ fn rows_mut(t: &mut TensorMut<'_>, stride: usize) -> Rows {
     Rows { start: t.storage_mut().as_mut_ptr(), dtype, stride }
 }
 
-/// Tiled attention with online softmax (FlashAttention, arXiv:2205.14135): softmax(q·kᵀ·scale …)·v, scores never in memory. A row that sees
-/// no key gives 0.
-///
-/// # Errors
-/// `InvalidInput` when a shape or dtype does not fit, `OutOfMemory`.
-pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
-    context.on_cpu("attention")?;
+/// The problem of `args` after checking every shape, stride and dtype.
+fn check_attention(args: &AttentionArgs<'_>) -> Result<AttentionProblem> {
     let (s, lengths) = (args.spec, args.lengths);
     let problem =
         AttentionProblem { kv_dtype: args.k.dtype(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
@@ -103,9 +113,23 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
     {
         return Err(Error::invalid(format!("lse has {} elements, needed [{tokens}, {}]", lse.len(), s.heads)));
     }
-    if let Some(m) = args.mask {
-        m.check(b, s.heads, lengths.max_new(), longest)?;
+    let mask = args.mask.map(|m| m.check(b, s.heads, lengths.max_new(), longest)).transpose()?;
+    Ok(AttentionProblem { mask, ..problem })
+}
+
+/// Tiled attention with online softmax (FlashAttention, arXiv:2205.14135): softmax(q·kᵀ·scale …)·v, scores never in memory. A row that sees
+/// no key gives 0.
+///
+/// # Errors
+/// `InvalidInput` when a shape or dtype does not fit, `OutOfMemory`.
+pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
+    let problem = check_attention(&args)?;
+    if let Some(gpu) = context.gpu() {
+        return gpu::attention(context, gpu, args, problem, Level::Maximal, None).map(drop);
     }
+    on_host(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out.as_ref())])?;
+    let (s, lengths) = (args.spec, args.lengths);
+    let (tokens, longest) = (lengths.tokens(), lengths.max_len());
     let strides = args.k.strides();
     let tiles = lawson_compiler::attention_tiles(&problem, context.kernels(), problem.batch.tokens());
     let a = Attention {
@@ -147,31 +171,41 @@ pub enum RopeMethod {
     TwoPass,
 }
 
-/// Turns `x` `[T, H, D]` f32 in place by its `positions` `[T]` (RoPE, arXiv:2104.09864). Length-dependent scalings take the greatest
-/// position + 1 as the longest sequence.
-///
-/// # Errors
-/// `InvalidInput` when a shape does not fit, `OutOfMemory`.
-pub fn rope(context: &Context, x: &mut TensorMut<'_>, positions: &[usize], spec: &RopeSpec, method: RopeMethod) -> Result<()> {
-    context.on_cpu("RoPE")?;
+/// T, H, D, and the longest sequence, of a call of [`rope()`], after checking it. `f32_alone`: the CPU's kernels take no other dtype.
+fn check_rope(x: &TensorRef<'_>, positions: &[usize], spec: &RopeSpec, f32_alone: bool) -> Result<([usize; 3], usize)> {
     let &[tokens, heads, d] = x.shape() else {
         return Err(Error::invalid(format!("x has shape {:?}, needed [T, H, D]", x.shape())));
     };
-    if positions.len() != tokens || x.dtype() != DType::F32 {
+    if positions.len() != tokens || (f32_alone && x.dtype() != DType::F32) {
+        let needed = if f32_alone { "f32" } else { "as many" };
         return Err(Error::invalid(format!(
-            "x is {} of {tokens} tokens, needed f32 of {} positions",
+            "x is {} of {tokens} tokens, needed {needed} of {} positions",
             x.dtype(),
             positions.len()
         )));
     }
     spec.validate(d)?;
-    if tokens == 0 || heads == 0 {
-        return Ok(());
-    }
     let longest = positions.iter().max().map_or(0, |p| p.saturating_add(1));
     if longest > 1 << 24 {
         return Err(Error::invalid(format!("position {} is too large; at most 2^24 − 1", longest - 1)));
     }
+    Ok(([tokens, heads, d], longest))
+}
+
+/// Turns `x` `[T, H, D]` in place by its `positions` `[T]` (RoPE, arXiv:2104.09864); f32, on a GPU also bf16 and f16. Length-dependent scalings
+/// take the greatest position + 1 as the longest sequence.
+///
+/// # Errors
+/// `InvalidInput` when a shape does not fit, `OutOfMemory`.
+pub fn rope(context: &Context, x: &mut TensorMut<'_>, positions: &[usize], spec: &RopeSpec, method: RopeMethod) -> Result<()> {
+    let ([tokens, heads, d], longest) = check_rope(&x.as_ref(), positions, spec, context.gpu().is_none())?;
+    if tokens == 0 || heads == 0 {
+        return Ok(());
+    }
+    if let Some(gpu) = context.gpu() {
+        return gpu::rope_in_place(gpu, x, positions, spec, method);
+    }
+    on_host(&[("x", x.as_ref())])?;
     let (frequencies, rotary) = (spec.frequencies(d, longest), spec.rotary_dim(d));
     let width = rope::table_width(spec.layout, rotary);
     let (k, threads) = (&context.0.cpu.kernels, &context.0.cpu.threads);
@@ -222,8 +256,23 @@ pub enum SoftmaxMethod {
     Fused,
     /// Maximum, exponential, sum and division each over the whole tensor, as frameworks without fusion do it.
     ThreePass,
-    /// Running maximum and sum over tiles of this many columns (arXiv:1805.02867), then one pass that rescales.
+    /// Running maximum and sum over tiles of this many columns (arXiv:1805.02867), then one pass that rescales. On a GPU the tile is a block of
+    /// threads, whatever this says.
     Online(usize),
+}
+
+/// Checks what [`softmax`] takes.
+fn check_softmax(x: &TensorRef<'_>, out: &TensorMut<'_>, method: SoftmaxMethod) -> Result<()> {
+    if x.shape().len() != 2 || !x.is_contiguous() || x.dtype() != DType::F32 {
+        return Err(shape_error("x", x, "contiguous [rows, width] f32"));
+    }
+    if out.shape() != x.shape() || out.dtype() != DType::F32 {
+        return Err(shape_error("out", &out.as_ref(), &format!("{:?} f32", x.shape())));
+    }
+    if method == SoftmaxMethod::Online(0) {
+        return Err(Error::invalid("a tile of the online softmax needs at least one column"));
+    }
+    Ok(())
 }
 
 /// Softmax of each row of `x` `[rows, width]` f32 into `out`. A row of −∞ alone gives 0.
@@ -231,16 +280,15 @@ pub enum SoftmaxMethod {
 /// # Errors
 /// `InvalidInput` when a shape or dtype does not fit or a tile is empty, `OutOfMemory`.
 pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, method: SoftmaxMethod) -> Result<()> {
-    context.on_cpu("softmax")?;
-    let (&[count, width], true) = (x.shape(), x.is_contiguous() && x.dtype() == DType::F32) else {
-        return Err(shape_error("x", x, "contiguous [rows, width] f32"));
-    };
-    if out.shape() != x.shape() || out.dtype() != DType::F32 {
-        return Err(shape_error("out", &out.as_ref(), &format!("{:?} f32", x.shape())));
-    }
+    check_softmax(x, out, method)?;
+    let (count, width) = (x.shape()[0], x.shape()[1]);
     if count == 0 || width == 0 {
         return Ok(());
     }
+    if let Some(gpu) = context.gpu() {
+        return gpu::softmax(gpu, x, out, method, None).map(drop);
+    }
+    on_host(&[("x", *x), ("out", out.as_ref())])?;
     let (k, threads) = (&context.0.cpu.kernels, &context.0.cpu.threads);
     let (from, to) = (rows(x, width), rows_mut(out, width));
     let factor = |m: f32, sum: f32| if m == f32::NEG_INFINITY && sum == 0.0 { 0.0 } else { 1.0 / sum };
@@ -262,7 +310,6 @@ pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, me
                 threads.run(count, &|_, r| sum(r).write((k.row_sum)(to.at(r, 0).cast(), width)));
                 threads.run(count, &|_, r| (k.row_scale)(to.at(r, 0).cast(), width, factor(*max(r), *sum(r))));
             }
-            SoftmaxMethod::Online(0) => return Err(Error::invalid("a tile of the online softmax needs at least one column")),
             SoftmaxMethod::Online(tile) => {
                 let mut workspace = context.workspace();
                 let tiles = width.div_ceil(tile);
@@ -293,9 +340,11 @@ pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, me
 }
 
 /// Weights of q, k and v packed for [`qkv_projection`].
-pub struct QkvWeights {
-    parts: [PackedMatrix; 3],
-    dtype: DType,
+pub struct QkvWeights(Packed);
+
+enum Packed {
+    Cpu([PackedMatrix; 3], DType),
+    Gpu(gpu::DeviceQkv),
 }
 
 impl QkvWeights {
@@ -304,7 +353,11 @@ impl QkvWeights {
     /// # Errors
     /// `InvalidInput` when a weight is not a contiguous matrix or the widths differ, `OutOfMemory`.
     pub fn pack(context: &Context, q: &TensorRef<'_>, k: &TensorRef<'_>, v: &TensorRef<'_>, dtype: DType) -> Result<Self> {
-        context.on_cpu("the QKV projection")?;
+        if let Some(gpu) = context.gpu() {
+            let parts = [("q weight", q), ("k weight", k), ("v weight", v)];
+            return gpu::DeviceQkv::new(gpu, parts, dtype).map(|w| QkvWeights(Packed::Gpu(w)));
+        }
+        on_host(&[("q weight", *q), ("k weight", *k), ("v weight", *v)])?;
         let cpu = &context.0.cpu;
         let pack = |name: &str, w: &TensorRef<'_>| {
             let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.panel());
@@ -315,16 +368,27 @@ impl QkvWeights {
         if widths != [widths[0]; 3] {
             return Err(Error::invalid(format!("the weights of q, k and v have different widths {widths:?}")));
         }
-        Ok(QkvWeights { parts, dtype })
+        Ok(QkvWeights(Packed::Cpu(parts, dtype)))
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(PackedMatrix::bytes).sum()
+        match &self.0 {
+            Packed::Cpu(parts, _) => parts.iter().map(PackedMatrix::bytes).sum(),
+            Packed::Gpu(w) => w.bytes(),
+        }
+    }
+
+    fn on_gpu(&self, gpu: &Gpu) -> Result<&gpu::DeviceQkv> {
+        match &self.0 {
+            Packed::Gpu(w) if w.here(gpu) => Ok(w),
+            _ => Err(Error::invalid("the weights were packed for another device or context")),
+        }
     }
 }
 
-/// The three projections of x `[T, E]`: q `[T, H·D]`, k and v `[T, G·D]`; as one GEMM when `fused`, else one after another.
+/// The three projections of x `[T, E]`: q `[T, H·D]`, k and v `[T, G·D]`; as one GEMM when `fused`, else one after another. On a GPU one GEMM
+/// writes them side by side, as [`Operation::QkvProjection`] has it: apart they are three.
 ///
 /// # Errors
 /// `InvalidInput` when a shape or dtype does not fit or the weights were packed by a context with another instruction set, `OutOfMemory`.
@@ -335,28 +399,36 @@ pub fn qkv_projection(
     out: [&mut TensorMut<'_>; 3],
     fused: bool,
 ) -> Result<()> {
-    context.on_cpu("the QKV projection")?;
-    let cpu = &context.0.cpu;
-    if weights.parts.iter().any(|p| !p.fits(&cpu.kernels)) {
-        return Err(Error::invalid(format!("the weights were packed for another instruction set than {}", cpu.kernels.isa)));
+    if let Some(gpu) = context.gpu() {
+        return weights.on_gpu(gpu)?.project(gpu, x, out);
     }
-    let k = weights.parts[0].weights().k;
-    let (&[tokens, width], true) = (x.shape(), x.is_contiguous() && x.dtype() == weights.dtype) else {
-        return Err(shape_error("x", x, &format!("contiguous [T, {k}] in {}", weights.dtype)));
+    let cpu = &context.0.cpu;
+    let (parts, dtype) = match &weights.0 {
+        Packed::Cpu(parts, dtype) if parts.iter().all(|p| p.fits(&cpu.kernels)) => (parts, *dtype),
+        _ => {
+            let isa = cpu.kernels.isa;
+            return Err(Error::invalid(format!("the weights were packed for another device or instruction set than {isa}")));
+        }
     };
+    let k = parts[0].weights().k;
+    let (&[tokens, width], true) = (x.shape(), x.is_contiguous() && x.dtype() == dtype) else {
+        return Err(shape_error("x", x, &format!("contiguous [T, {k}] in {dtype}")));
+    };
+    on_host(&[("x", *x)])?;
     if width != k || tokens == 0 {
         return Err(shape_error("x", x, &format!("[T, {k}] with T at least 1")));
     }
     let mut segments = Vec::with_capacity(3);
-    for (name, (out, part)) in ["q", "k", "v"].into_iter().zip(out.into_iter().zip(&weights.parts)) {
+    for (name, (out, part)) in ["q", "k", "v"].into_iter().zip(out.into_iter().zip(parts)) {
         let w = part.weights();
         if out.shape() != [tokens, w.n] {
             return Err(shape_error(name, &out.as_ref(), &format!("[{tokens}, {}]", w.n)));
         }
+        on_host(&[(name, out.as_ref())])?;
         let to = rows_mut(out, w.n);
         segments.push(Segment { weights: w, bias: None, epilogue: Epilogue::Store { to, residual: None } });
     }
-    let (depth, pairs) = (weights.parts[0].weights().depth(), weights.parts[0].weights().pairs);
+    let (depth, pairs) = (parts[0].weights().depth(), parts[0].weights().pairs);
     let row_tile = tokens.min(256).next_multiple_of(cpu.kernels.group_rows(pairs));
     let widest = segments.iter().map(|s| s.weights.tile_columns).max().unwrap_or(1);
     let scratch_len = lawson_cpu::kernels::gemm::scratch_len(row_tile, widest, cpu.kernels.panel());
