@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -190,6 +190,64 @@ fn kernels_are_compiled_once_and_found_again() {
     let error = self::jit(&device).load(&[Instance::new(&BROKEN, &[("FACTOR", 3)])]).expect_err("does not compile");
     println!("{error}");
     assert!(error.to_string().contains("broken FACTOR=3") && error.to_string().contains("nothing"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn processes_share_a_folder_of_kernels() {
+    let folder = scratch("processes");
+    let run = |count: usize| {
+        let child = || {
+            Command::new(std::env::current_exe().expect("this program"))
+                .args(["--ignored", "--exact", "child_that_compiles", "--nocapture"])
+                .env("LAWSON_TEST_KERNELS", &folder)
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("starts")
+        };
+        let children: Vec<_> = (0..count).map(|_| child()).collect();
+        let outputs = children.into_iter().map(|c| c.wait_with_output().expect("runs"));
+        outputs
+            .map(|output| {
+                let said = String::from_utf8_lossy(&output.stdout).into_owned();
+                assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+                let compiled = said.split("compiled: ").nth(1).and_then(|rest| rest.split_whitespace().next());
+                compiled.and_then(|n| n.parse::<usize>().ok()).expect("a number of kernels")
+            })
+            .collect::<Vec<_>>()
+    };
+    let cold = run(4);
+    println!("compiled by each of four processes: {cold:?}");
+    assert!(cold.iter().sum::<usize>() >= KERNELS as usize);
+    let left: Vec<_> = fs::read_dir(folder.join("cuda-1")).expect("entries").map(|e| e.expect("readable").file_name()).collect();
+    assert!(left.len() == KERNELS as usize && left.iter().all(|n| n.to_string_lossy().ends_with(".cubin")), "{left:?}");
+    assert_eq!(run(2), [0, 0], "what one process has compiled the next finds");
+}
+
+/// Kernels that processes compile side by side.
+const KERNELS: i64 = 12;
+
+#[test]
+#[ignore = "needs a GPU; does nothing by itself"]
+fn child_that_compiles() {
+    let Some(folder) = std::env::var_os("LAWSON_TEST_KERNELS") else { return };
+    let device = device();
+    let jit = Jit::new(&device, DiskCache::at(&PathBuf::from(folder))).expect("NVRTC");
+    let instances: Vec<Instance> = (0..KERNELS).map(|f| Instance::new(&SCALE, &[("FACTOR", f)])).collect();
+    let modules = jit.load(&instances).expect("compiles");
+    let n = 1000;
+    let x = numbers(3, n);
+    let (dx, dy) = (device.upload(&x).expect("memory"), device.alloc(n * 4).expect("memory"));
+    for (factor, module) in modules.iter().enumerate() {
+        let kernel: Kernel<Params> = module.functions()[0].typed().expect("one struct");
+        let params = Params { x: dx.ptr(), y: dy.ptr(), n: n as i32, add: 0.5 };
+        // SAFETY: both buffers have n floats and live to the end of the test, which reads the results before.
+        unsafe { kernel.launch(&Launch::new([4, 1, 1], 256), &params, &"a test") }.expect("launched");
+        let y = dy.to_vec::<f32>(n).expect("read");
+        assert!(y.iter().zip(&x).all(|(y, x)| *y == x.mul_add(factor as f32, 0.5)), "factor {factor}");
+    }
+    println!("compiled: {} ", jit.compiled());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! One device with its threads, workspace and plans.
 
 use std::{
+    ffi::c_void,
     fmt,
     str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -124,18 +125,44 @@ impl Context {
     /// # Errors
     /// As [`Context::cpu`]; `Unavailable` for a device that is missing; `InvalidInput` for a number of threads out of range.
     pub fn new(options: ContextOptions) -> Result<Self> {
+        Self::with(options, || match options.device {
+            Device::Cpu => Ok((None, None)),
+            Device::Cuda(n) => Ok((Some(open(n).map_err(|e| unavailable(e, options.device))?), None)),
+            // An instruction set that is asked for is one of the CPU's.
+            Device::Auto if options.isa.is_some() || std::env::var_os("LAWSON_ISA").is_some() => Ok((None, None)),
+            Device::Auto => match open(0) {
+                Ok(gpu) => Ok((Some(gpu), None)),
+                Err(e) => Ok((None, Some(e.to_string()))),
+            },
+        })
+    }
+
+    /// As [`Context::new`] on a GPU, whose work then goes through the caller's `stream`, a `CUstream` or `cudaStream_t` of its primary
+    /// context: what the caller enqueues there before or behind a call is done before or behind it. The default stream (null) cannot be
+    /// captured, so [`AttentionBlock::capture`](crate::AttentionBlock::capture) fails in it.
+    ///
+    /// # Errors
+    /// As [`Context::new`]; `InvalidInput` when `options` do not name a GPU by its number, or the stream is not of that GPU's primary context.
+    ///
+    /// # Safety
+    /// `stream` is null or a live stream, and stays so until the last clone of the context and everything made from it are gone. While
+    /// [`AttentionBlock::capture`](crate::AttentionBlock::capture) runs nobody else enqueues work in it.
+    pub unsafe fn with_cuda_stream(options: ContextOptions, stream: *mut c_void) -> Result<Self> {
+        let Device::Cuda(n) = options.device else {
+            return Err(Error::invalid(format!("a stream belongs to a GPU: device cuda:N, not {}", options.device)));
+        };
+        Self::with(options, || {
+            // SAFETY: the caller's.
+            let device = unsafe { lawson_cuda::Device::with_stream(n, stream) };
+            Ok((Some(device.and_then(Gpu::new).map_err(|e| unavailable(e, options.device))?), None))
+        })
+    }
+
+    /// A context with the GPU that `gpu` opens, or the reason why there is none.
+    fn with(options: ContextOptions, gpu: impl FnOnce() -> Result<(Option<Gpu>, Option<String>)>) -> Result<Self> {
         let threads = options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         let cpu = Cpu::new(options.isa.map_or_else(Isa::choose, Ok)?, threads)?;
-        let (gpu, fallback) = match options.device {
-            Device::Cpu => (None, None),
-            Device::Cuda(n) => (Some(open(n).map_err(|e| unavailable(e, options.device))?), None),
-            // An instruction set that is asked for is one of the CPU's.
-            Device::Auto if options.isa.is_some() || std::env::var_os("LAWSON_ISA").is_some() => (None, None),
-            Device::Auto => match open(0) {
-                Ok(gpu) => (Some(gpu), None),
-                Err(e) => (None, Some(e.to_string())),
-            },
-        };
+        let (gpu, fallback) = gpu()?;
         let (kernels, machine) = match &gpu {
             Some(gpu) => (gpu.kernels(), gpu.profile()),
             None => (cpu.kernels(), cpu.profile()),

@@ -3,6 +3,8 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 mod files;
 
+use std::ptr::null_mut;
+
 use files::refused;
 use half::bf16;
 use lawson::{
@@ -293,6 +295,10 @@ fn what_a_context_lacks_is_named() {
     assert!(error.to_string().contains("cuda:99"), "{error}");
     refused(Context::new(ContextOptions { threads: Some(0), ..Default::default() }), &["threads", "0"]);
     refused("gpu".parse::<Device>(), &["'gpu'", "cuda:N"]);
+    // SAFETY: null is the default stream.
+    let on_stream = |device| unsafe { Context::with_cuda_stream(ContextOptions { device, ..Default::default() }, null_mut()) };
+    refused(on_stream(Device::Auto), &["cuda:N", "not auto"]);
+    assert_eq!(on_stream(Device::Cuda(99)).unwrap_err().kind(), ErrorKind::Unavailable);
     let cpu = Context::cpu().unwrap();
     let paged: BlockProblem = format!("{BLOCK} page=64").parse().unwrap();
     let error = PagePool::new(&cpu, &paged.spec.attention, 1, 8, 64, DType::F32).err().unwrap();
