@@ -140,7 +140,7 @@ impl KvCache {
     ///
     /// A sequence takes pages when a call of a block, [`KvCache::commit`] or [`KvCache::import`] needs rows behind its last one. It gives back
     /// those that it no longer needs when it is truncated, and all when the cache is reset or dropped. The capacity reserves nothing but its
-    /// entries in the block table.
+    /// entries in the block table. Making and dropping a cache wait for the device; a sequence that ends is truncated to 0 rows instead.
     ///
     /// ```no_run
     /// use lawson::{AttentionSpec, Context, ContextOptions, DType, Device, KvCache, PagePool};

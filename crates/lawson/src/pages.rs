@@ -336,7 +336,11 @@ mod tests {
         table.undo();
         reserve(&mut table, &[10, 40]).expect("nothing");
         table.undo();
-        assert_eq!((pages(&table, 0), pages(&table, 1), free(&pool)), (before.0, before.1, 5));
+        assert_eq!((pages(&table, 0), pages(&table, 1), free(&pool)), (before.0.clone(), before.1, 5));
+        reserve(&mut table, &[40, 100]).expect("three pages");
+        table.truncate(1, 0);
+        table.undo();
+        assert_eq!((pages(&table, 0), pages(&table, 1), free(&pool)), (before.0, vec![], 7));
     }
 
     #[test]
