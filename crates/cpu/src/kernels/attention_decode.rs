@@ -1,8 +1,10 @@
 //! Attention of one query over a long cache: all query heads of a group share every row of K and V that is read.
 //!
-//! Bytes 2·D·L·size for each key/value head, each once; operations 4·D·L·H/G. With f32 that is H/G operations a byte: memory
-//! binds up to some ten heads a group. Scores are dot products along D, LANES of them summed across their lanes at once; values stand in
-//! the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time.
+//! Bytes 2·D·L·size for each key/value head, each once; operations 4·D·L·H/G. That is 2/size · H/G operations a byte: memory binds while that is
+//! less than the processor's operations for each byte that a read loop gets. Some keys at a time, so that they and their values
+//! stay in first-level cache while the heads take turns at them; each phase fetches the next rows of what it reads. Scores are
+//! dot products along D, LANES of them summed across their lanes at once, and stand as [keys, heads], so that the heads' softmax is one;
+//! values stand in the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time.
 
 use lawson_core::problem::AttentionSpec;
 
@@ -12,17 +14,28 @@ use super::{
 };
 use crate::{
     math::{exp2, tanh},
-    simd::{Elem, Simd},
+    simd::{Elem, ScoreTile, Simd},
 };
 
-/// Keys of a tile.
+/// Bytes of a tile's keys: they, the tile's values, and the keys and values behind them that are fetched on the way are a first-level cache.
+const TILE_BYTES: usize = 8 << 10;
+
+/// Most keys of a tile.
 const TILE: usize = CacheRows::TILE;
+
+/// Keys of a tile.
+fn tile_keys(row_bytes: usize) -> usize {
+    (TILE_BYTES / row_bytes).clamp(16, TILE)
+}
+
+/// Keys that scores are computed for behind the last one at most: LANES / R of them are summed up at once.
+const SPARE: usize = 16;
 
 /// f32 of scratch of a decode item.
 pub fn scratch_len(spec: &AttentionSpec, lanes: usize) -> usize {
     let width = spec.head_dim.next_multiple_of(lanes);
     let group = spec.group();
-    group * (2 * width + TILE + 2) + TILE * width
+    group * (2 * width + 3) + (TILE + SPARE) * group + TILE * width
 }
 
 /// Computes one work item: all heads of a group over one part of the keys.
@@ -37,13 +50,16 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
     let head0 = item.kv_head * group;
     let (q, acc) = (scratch, scratch.wrapping_add(group * width));
     let p = acc.wrapping_add(group * width);
-    let m = p.wrapping_add(group * TILE);
+    let values = p.wrapping_add(group * (TILE + SPARE));
+    let m = values.wrapping_add(TILE * width);
     let l = m.wrapping_add(group);
-    let values = l.wrapping_add(group);
+    let alpha = l.wrapping_add(group);
     let (factor, cap) = a.factors();
     let position = a.past[b] + item.queries.start;
     let seen = a.visible(b, item.queries.start, item.part);
     let even_odd = with_elem!(a.cache.dtype, T => T::EVEN_ODD);
+    let bytes = a.cache.row_stride * a.cache.dtype.size();
+    let tile = tile_keys(d * a.cache.dtype.size());
     // SAFETY: the caller's; the carving above is what `scratch_len` counts.
     unsafe {
         for r in 0..group {
@@ -64,75 +80,81 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
         }
         let mut start = seen.start;
         while start < seen.end {
-            let end = (start / TILE * TILE + TILE).min(seen.end);
+            let end = (start / tile * tile + tile).min(seen.end);
             let n = end - start;
             let k = a.cache.k_row(b, item.kv_head, start);
             let v = a.cache.v_row(b, item.kv_head, start);
-            let next = a.cache.k_row(b, item.kv_head, end);
-            with_elem!(a.cache.dtype, T => {
-                dots::<S, T>(s, q, group, d, k.cast::<T>(), a.cache.row_stride, n, p, [v.cast::<T>(), next.cast::<T>()])
-            });
-            let mut fresh = false;
-            for r in 0..group {
-                let (p, head) = (p.add(r * TILE), head0 + r);
-                let mask = a.mask.map(|x| x.row(b, head, item.queries.start));
-                let slope = a.slopes.map(|x| *x.add(head) * LOG2_E);
-                for j in n..n.next_multiple_of(S::LANES) {
-                    p.add(j).write(f32::NEG_INFINITY);
-                }
-                if let Some(cap) = cap {
-                    for j in (0..n).step_by(S::LANES) {
-                        let c = S::LANES.min(n - j);
-                        s.store_n(p.add(j), s.mul(tanh(s, s.load_n(p.add(j), c)), s.splat(cap)), c);
-                    }
-                }
-                if let Some(slope) = slope {
-                    for j in 0..n {
-                        *p.add(j) += slope * ((start + j) as f32 - position as f32);
-                    }
-                }
-                if let Some(mask) = mask {
-                    for j in 0..n {
-                        if *mask.add(start + j) == 0 {
-                            p.add(j).write(f32::NEG_INFINITY);
+            // The last tile has none behind it, so that it fetches what it has.
+            let ahead = if end < seen.end { n * bytes } else { 0 };
+            let (next_k, next_v) = (k.wrapping_add(ahead), v.wrapping_add(ahead));
+            let mut r = 0;
+            macro_rules! attend {
+                ($heads:literal) => {{
+                    let keys = S::LANES / $heads;
+                    let at = |r: usize, j: usize| p.wrapping_add(j * $heads + r);
+                    let (q, acc) = (q.add(r * width), acc.add(r * width));
+                    with_elem!(a.cache.dtype, T => {
+                        let (k, next) = (k.cast::<T>().cast_const(), next_k.cast::<T>().cast_const());
+                        if r == 0 {
+                            scores::<S, T, $heads, true>(s, q, d, k, a.cache.row_stride, n, p, next);
+                        } else {
+                            scores::<S, T, $heads, false>(s, q, d, k, a.cache.row_stride, n, p, k);
+                        }
+                    });
+                    if let Some(cap) = cap {
+                        for j in (0..n.next_multiple_of(keys) * $heads).step_by(S::LANES) {
+                            s.store(p.add(j), s.mul(tanh(s, s.load(p.add(j))), s.splat(cap)));
                         }
                     }
-                }
-                let old = *m.add(r);
-                let mut top = s.splat(old);
-                for j in (0..n).step_by(S::LANES) {
-                    top = s.max(top, s.load(p.add(j)));
-                }
-                let new = s.max_lane(top).max(old);
-                let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
-                let alpha = if old == base { 1.0 } else { (old - base).exp2() };
-                let mut sum = s.splat(0.0);
-                for j in (0..n).step_by(S::LANES) {
-                    let x = exp2(s, s.sub(s.load(p.add(j)), s.splat(base)));
-                    s.store(p.add(j), x);
-                    sum = s.add(sum, x);
-                }
-                *l.add(r) = *l.add(r) * alpha + s.sum(sum);
-                m.add(r).write(new);
-                fresh |= new != f32::NEG_INFINITY || *l.add(r) != 0.0;
-                if alpha != 1.0 {
-                    for j in (0..width).step_by(S::LANES) {
-                        let o = acc.add(r * width + j);
-                        s.store(o, s.mul(s.load(o), s.splat(alpha)));
+                    for i in 0..$heads {
+                        let head = head0 + r + i;
+                        if let Some(slope) = a.slopes.map(|x| *x.add(head) * LOG2_E) {
+                            for j in 0..n {
+                                *at(i, j) += slope * ((start + j) as f32 - position as f32);
+                            }
+                        }
+                        if let Some(mask) = a.mask.map(|x| x.row(b, head, item.queries.start)) {
+                            for j in 0..n {
+                                if *mask.add(start + j) == 0 {
+                                    at(i, j).write(f32::NEG_INFINITY);
+                                }
+                            }
+                        }
+                        for j in n..n.next_multiple_of(keys) {
+                            at(i, j).write(f32::NEG_INFINITY);
+                        }
                     }
+                    if softmax(s, p, n.next_multiple_of(keys) * $heads, $heads, m.add(r), l.add(r), alpha) {
+                        if d == width {
+                            with_elem!(a.cache.dtype, T => {
+                                let (v, next) = (v.cast::<T>().cast_const(), next_v.cast::<T>().cast_const());
+                                if r == 0 {
+                                    weigh::<S, T, $heads, true>(s, p, n, v, a.cache.row_stride, acc, alpha, width, next);
+                                } else {
+                                    weigh::<S, T, $heads, false>(s, p, n, v, a.cache.row_stride, acc, alpha, width, v);
+                                }
+                            });
+                        } else {
+                            let values = values.cast_const();
+                            weigh::<S, f32, $heads, false>(s, p, n, values, width, acc, alpha, width, values);
+                        }
+                    }
+                    r += $heads;
+                }};
+            }
+            if d != width {
+                // Whole vectors would reach past the last row, so that odd widths go through padded rows.
+                for j in 0..n {
+                    s.store(values.add(j * width + width - S::LANES), s.splat(0.0));
+                    load_row(s, a.cache.dtype, v.add(j * bytes), values.add(j * width), d);
                 }
             }
-            if fresh {
-                if d == width {
-                    with_elem!(a.cache.dtype, T => weigh::<S, T>(s, p, group, n, v.cast::<T>(), a.cache.row_stride, acc, width));
-                } else {
-                    // Whole vectors would reach past the last row, so that odd widths go through padded rows.
-                    let bytes = a.cache.row_stride * a.cache.dtype.size();
-                    for j in 0..n {
-                        s.store(values.add(j * width + width - S::LANES), s.splat(0.0));
-                        load_row(s, a.cache.dtype, v.add(j * bytes), values.add(j * width), d);
-                    }
-                    weigh::<S, f32>(s, p, group, n, values.cast_const(), width, acc, width);
+            while r < group {
+                match (group - r, S::LANES) {
+                    (8.., 16) => attend!(8),
+                    (4.., _) => attend!(4),
+                    (2.., _) => attend!(2),
+                    _ => attend!(1),
                 }
             }
             start = end;
@@ -169,50 +191,11 @@ unsafe fn reorder<S: Simd>(row: *mut f32, d: usize, back: bool) {
     }
 }
 
-/// p[r, j] = q[r] · k[j] for all heads of the group and `n` keys; rows of `ahead`, read next, are fetched on the way.
+/// p[j, r] = q[r] · k[j] for `R` heads and `n` keys. LANES sums are added up across their lanes at once. The rows from `next` on, as many,
+/// are fetched on the way.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn dots<S: Simd, T: Elem>(
-    s: S,
-    q: *const f32,
-    group: usize,
-    d: usize,
-    k: *const T,
-    stride: usize,
-    n: usize,
-    p: *mut f32,
-    ahead: [*const T; 2],
-) {
-    let width = d.next_multiple_of(S::LANES);
-    let mut r = 0;
-    while r < group {
-        let (q, p) = (q.wrapping_add(r * width), p.wrapping_add(r * TILE));
-        // SAFETY: the caller's.
-        unsafe {
-            macro_rules! heads {
-                ($heads:literal) => {{
-                    if r == 0 {
-                        heads::<S, T, $heads, true>(s, q, d, k, stride, n, p, ahead);
-                    } else {
-                        heads::<S, T, $heads, false>(s, q, d, k, stride, n, p, ahead);
-                    }
-                    $heads
-                }};
-            }
-            r += match (group - r, S::LANES) {
-                (8.., 16) => heads!(8),
-                (4.., _) => heads!(4),
-                (2.., _) => heads!(2),
-                _ => heads!(1),
-            };
-        }
-    }
-}
-
-/// [`dots`] of `R` heads, LANES / R keys at a time, so that LANES accumulators are summed across their lanes together.
-#[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
-#[inline(always)]
-unsafe fn heads<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
+unsafe fn scores<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
     s: S,
     q: *const f32,
     d: usize,
@@ -220,10 +203,27 @@ unsafe fn heads<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
     stride: usize,
     n: usize,
     p: *mut f32,
-    ahead: [*const T; 2],
+    next: *const T,
 ) {
     let (width, keys) = (d.next_multiple_of(S::LANES), S::LANES / R);
-    for j in (0..n).step_by(keys) {
+    let mut j = 0;
+    // SAFETY: the caller's; keys j .. j + 3 are among the n.
+    unsafe {
+        while R == 4
+            && j + 3 <= n
+            && s.score_tile(&ScoreTile {
+                d,
+                q,
+                k: k.add(j * stride),
+                stride,
+                p: p.add(j * R),
+                next: next.wrapping_add(j * stride),
+            })
+        {
+            j += 3;
+        }
+    }
+    while j < n {
         // SAFETY: the caller's; q is padded with zeros to whole vectors, k is read by count at its end. A key behind the last one is
         // not read: the last one stands for it, and its score is not used.
         unsafe {
@@ -233,23 +233,19 @@ unsafe fn heads<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
             macro_rules! multiply {
                 ($key:expr, $at:expr, $x:expr) => {
                     for r in 0..R {
-                        acc[r * keys + $key] = s.fma(s.load(q.add(r * width + $at)), $x, acc[r * keys + $key]);
+                        acc[$key * R + r] = s.fma(s.load(q.add(r * width + $at)), $x, acc[$key * R + r]);
                     }
                 };
             }
             while i + 2 * S::LANES <= d {
                 for key in 0..keys {
+                    let at = k.add((j + key.min(last)) * stride + i);
                     if FETCH {
-                        // A pair of vectors is one or two cache lines.
-                        for rows in ahead {
-                            let at = rows.wrapping_add((j + key) * stride + i).cast::<u8>();
-                            s.fetch_near(at);
-                            if 2 * S::LANES * size_of::<T>() > 64 {
-                                s.fetch_near(at.wrapping_add(64));
-                            }
-                        }
+                        let two = 2 * S::LANES;
+                        let near = if stride == d { i * keys + key * two } else { key * stride + i };
+                        fetch::<S, T>(s, next.wrapping_add(j * stride + near));
                     }
-                    let [x, y] = T::load_two(s, k.add((j + key.min(last)) * stride + i));
+                    let [x, y] = T::load_two(s, at);
                     multiply!(key, i, x);
                     multiply!(key, i + S::LANES, y);
                 }
@@ -264,100 +260,177 @@ unsafe fn heads<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
                 }
                 i += S::LANES;
             }
-            let mut sums = [0f32; 16];
-            s.store(sums.as_mut_ptr(), s.sum_each(&acc));
-            for r in 0..R {
-                // A tile holds a multiple of `keys`; what stands behind the last one is overwritten before it is read.
-                for key in 0..keys {
-                    p.add(r * TILE + j + key).write(sums[r * keys + key]);
-                }
-            }
+            s.store(p.add(j * R), s.sum_each(&acc));
         }
+        j += keys;
     }
 }
 
-/// acc[r] += Σ p[r, j] · v[j] for all heads of the group.
+/// Asks for two vectors: one or two cache lines. Rows that lie together are asked for in the order of their addresses, not in that of their use,
+/// since processors then run ahead of it.
+#[inline(always)]
+fn fetch<S: Simd, T>(s: S, at: *const T) {
+    s.fetch_near(at.cast());
+    if 2 * S::LANES * size_of::<T>() > 64 {
+        s.fetch_near(at.cast::<u8>().wrapping_add(64));
+    }
+}
+
+/// Makes weights of the scores p[j, heads] of whole vectors, −∞ where a key is not seen: p = 2^(p − m) with the heads' new maxima m, their
+/// sums l, and `alpha`, what the results so far are multiplied by. Returns whether there is a weight other than 0.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(s: S, p: *mut f32, len: usize, heads: usize, m: *mut f32, l: *mut f32, alpha: *mut f32) -> bool {
+    // SAFETY: the caller's; LANES ≤ 16.
+    unsafe {
+        let mut top = s.splat(f32::NEG_INFINITY);
+        for i in (0..len).step_by(S::LANES) {
+            top = s.max(top, s.load(p.add(i)));
+        }
+        // Lane i is of head i mod `heads`.
+        let (mut tops, mut bases, mut factors, mut sums) = ([0f32; 16], [0f32; 16], [0f32; 16], [0f32; 16]);
+        s.store(tops.as_mut_ptr(), top);
+        for r in 0..heads {
+            let old = *m.add(r);
+            let new = tops[r..S::LANES].iter().step_by(heads).fold(old, |m, &x| m.max(x));
+            // A head that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
+            let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
+            bases[r..S::LANES].iter_mut().step_by(heads).for_each(|b| *b = base);
+            factors[r] = old - base;
+            m.add(r).write(new);
+        }
+        let base = s.load(bases.as_ptr());
+        let mut sum = s.splat(0.0);
+        for i in (0..len).step_by(S::LANES) {
+            let x = exp2(s, s.sub(s.load(p.add(i)), base));
+            s.store(p.add(i), x);
+            sum = s.add(sum, x);
+        }
+        s.store(sums.as_mut_ptr(), sum);
+        s.store(factors.as_mut_ptr(), exp2(s, s.load(factors.as_ptr())));
+        let mut all = 0.0;
+        for r in 0..heads {
+            let sum: f32 = sums[r..S::LANES].iter().step_by(heads).sum();
+            *l.add(r) = *l.add(r) * factors[r] + sum;
+            alpha.add(r).write(factors[r]);
+            all += sum;
+        }
+        all != 0.0
+    }
+}
+
+/// acc[r] = acc[r] · alpha[r] + Σ p[j, r] · v[j] for `R` heads. The rows from `next` on, as many, are fetched on the way.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn weigh<S: Simd, T: Elem>(
+unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
     s: S,
     p: *const f32,
-    group: usize,
     n: usize,
     v: *const T,
     stride: usize,
     acc: *mut f32,
+    alpha: *const f32,
     width: usize,
+    next: *const T,
 ) {
-    let mut r = 0;
-    while r < group {
-        let (p, acc) = (p.wrapping_add(r * TILE), acc.wrapping_add(r * width));
-        // As many accumulators as hide the latency of an FMA, from few heads or many.
-        macro_rules! columns {
-            ($heads:literal, $pairs:literal) => {{
-                let mut i = 0;
-                while i + $pairs * 2 * S::LANES <= width {
-                    weigh_tile::<S, T, $heads, $pairs, true>(s, p, n, v.wrapping_add(i), stride, acc.wrapping_add(i), width);
-                    i += $pairs * 2 * S::LANES;
-                }
-                while i + 2 * S::LANES <= width {
-                    weigh_tile::<S, T, $heads, 1, true>(s, p, n, v.wrapping_add(i), stride, acc.wrapping_add(i), width);
-                    i += 2 * S::LANES;
-                }
-                if i < width {
-                    weigh_tile::<S, T, $heads, 1, false>(s, p, n, v.wrapping_add(i), stride, acc.wrapping_add(i), width);
-                }
-                $heads
-            }};
-        }
-        // SAFETY: the caller's: columns i .. lie within rows of v and acc.
-        unsafe {
-            r += match (group - r, S::LANES) {
-                (8.., 16) => columns!(8, 1),
-                (4.., 16) => columns!(4, 2),
-                (4.., _) => columns!(4, 1),
-                (2.., _) => columns!(2, 2),
-                (_, 16) => columns!(1, 4),
-                _ => columns!(1, 2),
-            };
+    // As many accumulators as hide the latency of an FMA, from few heads or many.
+    macro_rules! columns {
+        ($pairs:literal) => {{
+            let mut i = 0;
+            macro_rules! tile {
+                ($count:literal, $two:literal) => {
+                    weigh_tile::<S, T, R, $count, $two, FETCH>(
+                        s,
+                        p,
+                        n,
+                        v.wrapping_add(i),
+                        stride,
+                        acc.wrapping_add(i),
+                        alpha,
+                        width,
+                        next.wrapping_add(if stride == width { i * n } else { i }),
+                    )
+                };
+            }
+            while i + $pairs * 2 * S::LANES <= width {
+                tile!($pairs, true);
+                i += $pairs * 2 * S::LANES;
+            }
+            while i + 2 * S::LANES <= width {
+                tile!(1, true);
+                i += 2 * S::LANES;
+            }
+            if i < width {
+                tile!(1, false);
+            }
+        }};
+    }
+    // SAFETY: the caller's: columns i .. lie within rows of v and acc.
+    unsafe {
+        match (R, S::LANES) {
+            (8, 16) => columns!(1),
+            (4, 16) => columns!(2),
+            (4, _) => columns!(1),
+            (2, _) => columns!(2),
+            (_, 16) => columns!(4),
+            _ => columns!(2),
         }
     }
 }
 
-/// [`weigh`] of `R` heads over `PAIRS` pairs of vectors, or over one vector.
+/// [`weigh`] over `PAIRS` pairs of vectors, or over one vector.
+#[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn weigh_tile<S: Simd, T: Elem, const R: usize, const PAIRS: usize, const TWO: bool>(
+unsafe fn weigh_tile<S: Simd, T: Elem, const R: usize, const PAIRS: usize, const TWO: bool, const FETCH: bool>(
     s: S,
     p: *const f32,
     n: usize,
     v: *const T,
     stride: usize,
     acc: *mut f32,
+    alpha: *const f32,
     width: usize,
+    next: *const T,
 ) {
+    let keys = S::LANES / R;
+    let step = if stride == width { PAIRS * 2 * S::LANES } else { stride };
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[[s.splat(0.0); 2]; PAIRS]; R];
-        for j in 0..n {
-            let v = v.add(j * stride);
-            let mut x = [[s.splat(0.0); 2]; PAIRS];
-            for (i, x) in x.iter_mut().enumerate() {
-                *x = if TWO { T::load_two(s, v.add(i * 2 * S::LANES)) } else { [T::load(s, v), s.splat(0.0)] };
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let p = s.splat(*p.add(r * TILE + j));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    sum[0] = s.fma(p, x[0], sum[0]);
-                    if TWO {
-                        sum[1] = s.fma(p, x[1], sum[1]);
+        macro_rules! step {
+            ($j:expr) => {
+                let (p, v, next) = (p.add($j * R), v.add($j * stride), next.wrapping_add($j * step));
+                let mut x = [[s.splat(0.0); 2]; PAIRS];
+                for (i, x) in x.iter_mut().enumerate() {
+                    let (v, next) = (v.add(i * 2 * S::LANES), next.wrapping_add(i * 2 * S::LANES));
+                    if FETCH && TWO {
+                        fetch::<S, T>(s, next);
+                    }
+                    *x = if TWO { T::load_two(s, v) } else { [T::load(s, v), s.splat(0.0)] };
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let p = s.splat(*p.add(r));
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        sum[0] = s.fma(p, x[0], sum[0]);
+                        if TWO {
+                            sum[1] = s.fma(p, x[1], sum[1]);
+                        }
                     }
                 }
+            };
+        }
+        for i in 0..n / keys {
+            for key in 0..keys {
+                step!(i * keys + key);
             }
         }
+        for j in n / keys * keys..n {
+            step!(j);
+        }
         for (r, sums) in sums.iter().enumerate() {
+            let alpha = s.splat(*alpha.add(r));
             for (i, &sum) in sums.as_flattened().iter().enumerate().take(if TWO { 2 * PAIRS } else { 1 }) {
                 let to = acc.add(r * width + i * S::LANES);
-                s.store(to, s.add(s.load(to), sum));
+                s.store(to, s.fma(s.load(to), alpha, sum));
             }
         }
     }

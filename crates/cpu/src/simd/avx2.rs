@@ -4,7 +4,7 @@ use core::arch::{asm, x86_64::*};
 
 use half::{bf16, f16};
 
-use super::{QueryTile, Simd};
+use super::{Elem, QueryTile, ScoreTile, Simd};
 
 /// Proves that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -195,6 +195,135 @@ impl Simd for Avx2 {
         }
         true
     }
+    /// In assembly for the same reason: 12 sums, three keys and a query take all registers. Eight sums would fit without, but then each
+    /// waits for its last FMA.
+    #[inline(always)]
+    unsafe fn score_tile<T: Elem>(self, t: &ScoreTile<T>) -> bool {
+        if !t.d.is_multiple_of(16) || size_of::<T>() != 4 && !T::EVEN_ODD {
+            return false;
+        }
+        // Keys that lie together are fetched in the order of their addresses.
+        let step = 16 * size_of::<T>();
+        let (part, next_step) = if t.stride == t.d { (step, 3 * step) } else { (t.stride * size_of::<T>(), step) };
+        /// Eight dimensions of four queries, behind those of three keys in ymm12 to ymm14.
+        macro_rules! multiply {
+            ($at:literal) => {
+                concat!(
+                    multiply!("q", $at, 0, 1, 2),
+                    multiply!("q} + {q_row", $at, 3, 4, 5),
+                    multiply!("q} + 2*{q_row", $at, 6, 7, 8),
+                    multiply!("q} + {q_row3", $at, 9, 10, 11),
+                )
+            };
+            ($q:literal, $at:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    "vmovups ymm15, [{",
+                    $q,
+                    "} + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $x,
+                    ", ymm12, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $y,
+                    ", ymm13, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $z,
+                    ", ymm14, ymm15\n",
+                )
+            };
+        }
+        /// The sums of one key with each query across their lanes: twos, then fours within 128 bits, then the halves.
+        macro_rules! sum {
+            ($a:literal, $b:literal, $c:literal, $d:literal, $at:literal) => {
+                concat!(
+                    "vunpcklps ymm12, ymm",
+                    $a,
+                    ", ymm",
+                    $b,
+                    "\n",
+                    "vunpckhps ymm13, ymm",
+                    $a,
+                    ", ymm",
+                    $b,
+                    "\n",
+                    "vunpcklps ymm14, ymm",
+                    $c,
+                    ", ymm",
+                    $d,
+                    "\n",
+                    "vunpckhps ymm15, ymm",
+                    $c,
+                    ", ymm",
+                    $d,
+                    "\n",
+                    "vaddps ymm12, ymm12, ymm13\n",
+                    "vaddps ymm14, ymm14, ymm15\n",
+                    "vblendps ymm13, ymm12, ymm14, 0xcc\n",
+                    "vshufps ymm12, ymm12, ymm14, 0x4e\n",
+                    "vaddps ymm12, ymm12, ymm13\n",
+                    "vextractf128 xmm13, ymm12, 1\n",
+                    "vaddps xmm12, xmm12, xmm13\n",
+                    "vmovups [{p} + ",
+                    $at,
+                    "], xmm12"
+                )
+            };
+        }
+        macro_rules! tile {
+            ($($step:expr),*; $($mask:tt)*) => {
+                asm!(
+                    "vxorps xmm0, xmm0, xmm0", "vxorps xmm1, xmm1, xmm1", "vxorps xmm2, xmm2, xmm2", "vxorps xmm3, xmm3, xmm3",
+                    "vxorps xmm4, xmm4, xmm4", "vxorps xmm5, xmm5, xmm5", "vxorps xmm6, xmm6, xmm6", "vxorps xmm7, xmm7, xmm7",
+                    "vxorps xmm8, xmm8, xmm8", "vxorps xmm9, xmm9, xmm9", "vxorps xmm10, xmm10, xmm10", "vxorps xmm11, xmm11, xmm11",
+                    "2:",
+                    "prefetcht0 [{next}]",
+                    "prefetcht0 [{next} + {part}]",
+                    "prefetcht0 [{next} + 2*{part}]",
+                    $($step,)*
+                    "add {q}, 64",
+                    "add {k}, {step}",
+                    "add {next}, {next_step}",
+                    "dec {n}",
+                    "jnz 2b",
+                    sum!(0, 3, 6, 9, 0),
+                    sum!(1, 4, 7, 10, 16),
+                    sum!(2, 5, 8, 11, 32),
+                    q = inout(reg) t.q => _, k = inout(reg) t.k => _, next = inout(reg) t.next => _, part = in(reg) part, next_step = in(reg) next_step,
+                    n = inout(reg) t.d / 16 => _, row = in(reg) t.stride * size_of::<T>(), q_row = in(reg) 4 * t.d,
+                    q_row3 = in(reg) 12 * t.d, p = in(reg) t.p, step = const 16 * size_of::<T>(), $($mask)*
+                    out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _, out("ymm6") _,
+                    out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _, out("ymm12") _, out("ymm13") _,
+                    out("ymm14") _, out("ymm15") _, options(nostack)
+                )
+            };
+        }
+        // SAFETY: the caller's: four rows of q and three of k, of at least 16 elements and whole steps of 16, and 12 scores; the token
+        // proves AVX2 and FMA. A prefetch of any address is harmless.
+        unsafe {
+            if T::EVEN_ODD {
+                static ODD: [u32; 8] = [0xffff_0000; 8];
+                tile!(
+                    "vmovdqu ymm12, [{k}]", "vmovdqu ymm13, [{k} + {row}]", "vmovdqu ymm14, [{k} + 2*{row}]",
+                    "vpslld ymm12, ymm12, 16", "vpslld ymm13, ymm13, 16", "vpslld ymm14, ymm14, 16",
+                    multiply!(0),
+                    "vmovdqu ymm15, [{odd}]",
+                    "vpand ymm12, ymm15, [{k}]", "vpand ymm13, ymm15, [{k} + {row}]", "vpand ymm14, ymm15, [{k} + 2*{row}]",
+                    multiply!(32);
+                    odd = in(reg) ODD.as_ptr(),
+                );
+            } else {
+                tile!(
+                    "vmovups ymm12, [{k}]", "vmovups ymm13, [{k} + {row}]", "vmovups ymm14, [{k} + 2*{row}]",
+                    multiply!(0),
+                    "vmovups ymm12, [{k} + 32]", "vmovups ymm13, [{k} + {row} + 32]", "vmovups ymm14, [{k} + 2*{row} + 32]",
+                    multiply!(32);
+                );
+            }
+        }
+        true
+    }
     #[inline(always)]
     fn fetch(self, p: *const u8) {
         // SAFETY: a prefetch of any address is harmless; SSE is part of x86-64.
@@ -304,12 +433,20 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn sum_each(self, v: &[__m256; 16]) -> __m256 {
-        // SAFETY: the token proves AVX2. Sums of twos, then of fours within 128 bits; then those halves are summed.
+        // SAFETY: the token proves AVX2. Sums of twos, then of fours within 128 bits; then those halves are summed. A blend and a
+        // shuffle give the two summands where they can, since a blend costs less than a second shuffle.
         unsafe {
-            let (ab, cd) = (_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-            let (ef, gh) = (_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-            let (a, b) = (_mm256_hadd_ps(ab, cd), _mm256_hadd_ps(ef, gh));
-            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+            let mut twos = [_mm256_setzero_ps(); 4];
+            for (two, v) in twos.iter_mut().zip(v.chunks_exact(2)) {
+                *two = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+            }
+            let mut fours = [_mm256_setzero_ps(); 2];
+            for (four, two) in fours.iter_mut().zip(twos.chunks_exact(2)) {
+                let straight = _mm256_blend_ps::<0b1100_1100>(two[0], two[1]);
+                *four = _mm256_add_ps(straight, _mm256_shuffle_ps::<0b01_00_11_10>(two[0], two[1]));
+            }
+            let straight = _mm256_blend_ps::<0b1111_0000>(fours[0], fours[1]);
+            _mm256_add_ps(straight, _mm256_permute2f128_ps::<0x21>(fours[0], fours[1]))
         }
     }
     #[inline(always)]

@@ -63,6 +63,23 @@ pub struct QueryTile {
     pub fetch: (*const u8, usize),
 }
 
+/// Operands of the scores of 4 heads with 3 keys: p[3, 4] = k[3, D] · q[4, D]ᵀ.
+#[derive(Clone, Copy)]
+pub struct ScoreTile<T> {
+    /// Dimensions of a head.
+    pub d: usize,
+    /// The heads' queries, D f32 apart; in the order of [`Elem::load_two`].
+    pub q: *const f32,
+    /// The keys.
+    pub k: *const T,
+    /// Elements between keys.
+    pub stride: usize,
+    /// The scores.
+    pub p: *mut f32,
+    /// Keys that are read later and fetched on the way, as far apart.
+    pub next: *const T,
+}
+
 /// What a thread keeps between tiles of dot products of one work item.
 #[derive(Default)]
 pub struct DotState {
@@ -155,6 +172,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// A is readable as [QUERY_ROWS, k], B as [k, 3·LANES], C writable (and readable, when scaled) as [QUERY_ROWS, 3·LANES].
     #[inline(always)]
     unsafe fn query_tile(self, _t: &QueryTile) -> bool {
+        false
+    }
+
+    /// Computes a tile of scores and returns true where this instruction set has it in assembly, for these elements and D; else does
+    /// nothing.
+    /// # Safety
+    /// q is readable as [4, D], k as [3, D], p writable as [3, 4].
+    #[inline(always)]
+    unsafe fn score_tile<T: Elem>(self, _t: &ScoreTile<T>) -> bool {
         false
     }
 
