@@ -7,8 +7,12 @@ mod files;
 use files::refused;
 use half::{bf16, f16};
 use lawson::{
-    AttentionProblem, Context, ContextOptions, DType, Device, Isa, MaskRef, RopeLayout, RopeSpec, Tensor, TensorMut, TensorRef,
-    ops::{AttentionArgs, QkvWeights, RopeMethod, SoftmaxMethod, attention, qkv_projection, rope, softmax},
+    AttentionProblem, Batch, Context, ContextOptions, DType, Device, DeviceTensor, Error, ErrorKind, Isa, KvCache, MaskRef,
+    RopeLayout, RopeSpec, Tensor, TensorMut, TensorRef,
+    ops::{
+        AttentionArgs, Operation, QkvWeights, Replays, RopeAppendArgs, RopeMethod, SoftmaxMethod, attention, qkv_projection,
+        replay_timed, rope, rope_append, softmax,
+    },
 };
 use lawson_core::{
     compare::{Policy, compare},
@@ -487,4 +491,33 @@ fn wrong_projection_arguments_are_named() {
     refused(run(view(&[3, 6]), &[8, 3]), &["q has shape [8, 3]", "[3, 8]"]);
     let narrow = vec![bf16::ZERO; 18];
     refused(run(TensorRef::new(&narrow, &[3, 6]).unwrap(), &[3, 8]), &["x has shape", "f32"]);
+}
+
+#[test]
+fn what_only_a_gpu_does_is_refused_elsewhere() {
+    let context = Context::cpu().unwrap();
+    let unavailable = |error: Option<Error>| {
+        let error = error.expect("a CPU has no such thing");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(error.to_string().contains("needs a context of a GPU"), "{error}");
+    };
+    let (x, mut out) = (vec![0f32; 24], vec![0f32; 24]);
+    let operation = Operation::Softmax {
+        x: TensorRef::new(&x, &[4, 6]).unwrap(),
+        out: TensorMut::new(&mut out, &[4, 6]).unwrap(),
+        method: SoftmaxMethod::Fused,
+    };
+    unavailable(replay_timed(&context, operation, Replays::Warm(1)).err());
+    let (batch, spec) = (Batch::uniform(1, 2).unwrap(), RopeSpec::new(10000.0));
+    let mut cache = KvCache::new(&context, &lawson::AttentionSpec::new(1, 1, 4), 1, 1, 2, DType::F32).unwrap();
+    let args = RopeAppendArgs {
+        qkv: TensorRef::new(&x, &[2, 12]).unwrap(),
+        batch: &batch,
+        spec: &spec,
+        q: TensorMut::new(&mut out[..8], &[2, 1, 4]).unwrap(),
+        cache: cache.layer(0),
+    };
+    unavailable(rope_append(&context, args).err());
+    unavailable(DeviceTensor::nans(&context, DType::F32, &[2]).err());
+    assert!(context.flush_cache().is_ok());
 }

@@ -79,11 +79,13 @@ pub fn article(study: Study) -> Vec<Case> {
     let both = [DType::BF16, DType::F32];
     match study {
         Study::Block => {
-            let mut cases: Vec<Case> = both.iter().flat_map(|&dtype| MODELS.map(|m| model(m, dtype))).collect();
+            let mut cases: Vec<Case> = MODELS.map(|m| model(m, DType::BF16)).to_vec();
+            // Peers compile each of their shapes for seconds: those that others stand for go without.
+            cases.extend(MODELS.map(|m| Case { peers: m == MODELS[2], ..model(m, DType::F32) }));
             for kv_heads in [32, 8] {
-                cases.extend([1024, 4096, 16_384].map(|rows| decoding(1, rows, kv_heads)));
+                cases.extend([1024, 4096, 16_384].map(|rows| Case { peers: rows == 4096, ..decoding(1, rows, kv_heads) }));
             }
-            cases.extend(both.iter().flat_map(|&dtype| sweep(dtype, &[64, 128, 256, 512, 1024, 2048, 4096])));
+            cases.extend(sweep(DType::BF16, &[64, 128, 256, 512, 1024, 2048, 4096]));
             cases
         }
         Study::Qkv => {
@@ -109,7 +111,34 @@ pub fn article(study: Study) -> Vec<Case> {
             let cells = [(1, 4096), (1, 16_384), (1, 65_536), (8, 4096), (32, 4096), (32, 16_384), (128, 4096)];
             [32, 8].iter().flat_map(|&kv_heads| cells.map(|(batch, rows)| decode(batch, rows, kv_heads))).collect()
         }
-        Study::Throughput => [1, 4, 16, 64].map(throughput).to_vec(),
+        Study::Throughput => [1, 4, 16, 32].map(throughput).to_vec(),
         Study::Kernels | Study::All => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_configuration_is_valid_and_stands_once() {
+        for cases in [quick, article] {
+            let all: Vec<Case> = Study::EACH.into_iter().flat_map(cases).collect();
+            for (i, case) in all.iter().enumerate() {
+                case.shape.validate().unwrap_or_else(|e| panic!("{}: {e}", case.name()));
+                let same = |c: &Case| (c.study, c.variant, c.shape) == (case.study, case.variant, case.shape);
+                assert!(!all[..i].iter().any(same), "{} stands twice", case.name());
+            }
+        }
+    }
+
+    #[test]
+    fn attention_has_as_many_tokens_at_every_length() {
+        let all = article(Study::Attention);
+        let alike = all.iter().filter(|c| c.shape.kv_heads == c.shape.heads);
+        assert!(alike.clone().count() > 20);
+        for s in alike.map(|c| c.shape) {
+            assert_eq!((s.batch * s.seq, s.heads * s.head_dim), (TOKENS, COLUMNS));
+        }
     }
 }
