@@ -77,12 +77,13 @@ pub struct Shape {
     pub multiprocessors: usize,
 }
 
-/// Most heads of one token that a group of lanes takes.
-const HEADS: usize = 4;
+/// Most heads of one token that a group of lanes takes, and bytes that a lane has on their way: memory is kept busy, registers suffice.
+const HEADS: usize = 8;
+const LANE_BYTES: usize = 256;
 /// Tokens that count as few.
 const FEW_TOKENS: usize = 64;
 /// Threads of the largest block.
-const THREADS: usize = 256;
+const THREADS: usize = 128;
 /// Most tokens of a block.
 const TOKENS: usize = 64;
 
@@ -102,7 +103,13 @@ impl Shape {
 
     /// Many tokens share the sines of several heads; few spread their heads over all multiprocessors.
     fn heads_of_group(&self) -> usize {
-        if self.vector() <= 2 || self.tokens <= FEW_TOKENS { 1 } else { (HEADS / self.group().1).max(1) }
+        let (group, items) = self.group();
+        if self.vector() <= 2 || self.tokens <= FEW_TOKENS {
+            return 1;
+        }
+        // Groups of a whole warp also sum over more lanes.
+        let most = if group == 32 { HEADS / 2 } else { HEADS };
+        (most.min(LANE_BYTES / (2 * self.vector() * self.from.size())) / items).max(1)
     }
 
     /// What is compiled.
