@@ -204,9 +204,9 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let mut given = args.shape.given();
     given.extend(args.memory.map(|_| "--memory"));
     given.extend((args.neighbours > 0).then_some("--neighbours"));
-    let shape = args.shape.shape()?;
     let context = global.context()?;
     flags::check(args.study, context.gpu().is_some(), &given, &args.levels)?;
+    let shape = args.shape.shape()?;
     check_writable(&args.out)?;
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
