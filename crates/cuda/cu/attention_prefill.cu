@@ -27,6 +27,7 @@
 #include "cache.cuh"
 #include "tile.cuh"
 #include "mma_sm80.cuh"
+#include "score_rules.cuh"
 #include "softmax_state.cuh"
 
 #ifndef KEYS
@@ -235,14 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill(const
                     const int r = warp_row + t * 16 + half * 8 + lane / 4;
                     const float position = (float)(positions[r] - column);
                     const float slope = p.alibi_slopes ? slopes[r] : 0.0f;
-#pragma unroll
-                    for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            float x = s[t][n][2 * half + e] * p.scale;
-                            if (p.softcap > 0.0f) x = p.softcap * tanh_accurate(x * inverse_cap);
-                            s[t][n][2 * half + e] = x * LOG2E - slope * (position - (float)(n * 8 + e));
-                        }
+                    shape_scores(s[t], half, p.scale, p.softcap, inverse_cap, slope, position);
                 }
 #endif
             const bool masked = SCORE_FEATURES && p.mask;
@@ -253,22 +247,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill(const
                     for (int half = 0; half < 2; ++half) {
                         const int r = warp_row + t * 16 + half * 8 + lane / 4, position = positions[r];
                         const int row_begin = p.window ? position - p.window + 1 : 0, row_end = p.causal ? position + 1 : total;
-                        // Both bounds in one comparison: column + 8·n + e − row_begin, unsigned, against the row's width.
                         const unsigned from = column - row_begin, wide = row_end - row_begin;
-#pragma unroll
-                        for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                            for (int e = 0; e < 2; ++e)
-                                if (from + n * 8 + e >= wide) s[t][n][2 * half + e] = NEG_INF;
+                        hide_outside(s[t], half, from, wide);
 #if SCORE_FEATURES
                         if (masked && r < rows) {
                             const int i = position - past, h = g * group + first_row + r - i * group;
                             const unsigned char* mask = p.mask + b * p.mask_sequence_stride + h * p.mask_head_stride + i * p.mask_row_stride + column;
-#pragma unroll
-                            for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                                for (int e = 0; e < 2; ++e)
-                                    if (from + n * 8 + e < wide && __ldg(mask + n * 8 + e) == 0) s[t][n][2 * half + e] = NEG_INF;
+                            hide_masked(s[t], half, from, wide, mask);
                         }
 #endif
                     }

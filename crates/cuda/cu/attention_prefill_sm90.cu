@@ -27,6 +27,7 @@
 #include "cache.cuh"
 #include "tile.cuh"
 #include "mma_sm90.cuh"
+#include "score_rules.cuh"
 #include "softmax_state.cuh"
 
 constexpr int DIM = HEAD_DIM_PADDED, STAGES = 2;
@@ -312,14 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_sm90(
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float position = (float)(positions[half] - column);
-#pragma unroll
-                    for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            float x = s[n][2 * half + e] * p.scale;
-                            if (p.softcap > 0.0f) x = p.softcap * tanh_accurate(x * inverse_cap);
-                            s[n][2 * half + e] = x * LOG2E - slopes[half] * (position - (float)(n * 8 + e));
-                        }
+                    shape_scores(s, half, p.scale, p.softcap, inverse_cap, slopes[half], position);
                 }
 #endif
                 const bool masked = SCORE_FEATURES && p.mask;
@@ -328,24 +322,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_sm90(
                     for (int half = 0; half < 2; ++half) {
                         const int position = positions[half];
                         const int row_begin = p.window ? position - p.window + 1 : 0, row_end = p.causal ? position + 1 : total;
-                        // Both bounds in one comparison: column + 8·n + e − row_begin, unsigned, against the row's width.
                         const unsigned from = column - row_begin, wide = row_end - row_begin;
-#pragma unroll
-                        for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                            for (int e = 0; e < 2; ++e)
-                                if (from + n * 8 + e >= wide) s[n][2 * half + e] = NEG_INF;
+                        hide_outside(s, half, from, wide);
 #if SCORE_FEATURES
                         const int r = 16 * warp + 8 * half + lane / 4;
                         if (masked && r < rows) {
                             const int i = position - item.past, h = item.g * group + first_row + r - i * group;
                             const unsigned char* mask =
                                 p.mask + item.b * p.mask_sequence_stride + h * p.mask_head_stride + i * p.mask_row_stride + column;
-#pragma unroll
-                            for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                                for (int e = 0; e < 2; ++e)
-                                    if (from + n * 8 + e < wide && __ldg(mask + n * 8 + e) == 0) s[n][2 * half + e] = NEG_INF;
+                            hide_masked(s, half, from, wide, mask);
                         }
 #endif
                     }
