@@ -12,7 +12,8 @@
 // The last block to arrive merges the parts in the order of the splits; the result does not depend on which one that is.
 // Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); online softmax: softmax_state.cuh.
 //
-// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), SCORE_FEATURES (0: softcap, alibi and mask below must be 0 or null; 1: each is a run-time switch). May be given: WARPS, and STAGES, at least 2.
+// Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), SCORE_FEATURES (0: softcap, alibi
+// and mask below must be 0 or null; 1: each is a run-time switch). May be given: WARPS, and STAGES, at least 2. Pages have 16 rows or more.
 //
 // Launch:
 //   WARPS   P ≤ 128 ? 8 : 4: one block fills an SM with copies on their way, from as few places in memory as possible

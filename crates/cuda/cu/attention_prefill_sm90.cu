@@ -14,7 +14,8 @@
 // Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (64, 128 or 256, at least D), SCORE_FEATURES (as in attention_prefill.cu).
 //
 // Needs: D a multiple of 8; q, out, k, v and all strides of them multiples of 16 bytes; sm_90a.
-// k_map, v_map: K and V as [B or pages, G, rows, D], boxes of 64 columns by KEYS rows, or a page where that is less, swizzled by 128 bytes.
+// k_map, v_map: K and V as [B or pages, G, rows, D], boxes of 64 columns by KEYS rows, or a page where that is less, swizzled by 128 bytes;
+// rows: those that lie in memory, so that a box that reaches behind them gets 0.
 //
 // Launch, for P = HEAD_DIM_PADDED:
 //   block   128 · (1 + ROWS / 64) threads
@@ -204,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_sm90(
         };
         // Has each warp's 16 query rows copied; those behind the item's become 0.
         const auto copy_queries = [&](const Item& x) {
+            if (x.rows <= 64 * warpgroup) return;  // the tile is not read
 #pragma unroll
             for (int i = 0; i < 16 * UNITS / 32; ++i) {
                 const int r = 16 * warp + (i * 32 + lane) / UNITS, u = lane % UNITS;

@@ -2,9 +2,9 @@
 #pragma once
 
 // k, v: first element of the keys and of the values; both have the same strides (in elements).
-// Contiguous (PAGED = 0, table null): row r of sequence b, head g is at b·sequence_stride + g·head_stride + r·row_stride.
-// Paged (PAGED = 1): row r lies in physical page p = table[b·table_stride + r / page], at
-//   p·sequence_stride + g·head_stride + (r mod page)·row_stride; page, a power of two, is the number of rows of a page.
+// Contiguous (table null): row r of sequence b, head g is at b·sequence_stride + g·head_stride + r·row_stride.
+// Paged: row r lies in physical page p = table[b·table_stride + r / page], at
+//   p·sequence_stride + g·head_stride + (r mod page)·row_stride; page, a power of two, is the number of rows of a page; of a contiguous cache those of each head.
 struct Cache {
     void* k;
     void* v;

@@ -391,15 +391,9 @@ impl KvCache {
             p.reserve((0..self.lengths.len()).map(|i| if i == b { rows } else { 0 }))?;
         }
         if let Some(memory) = self.device_memory() {
-            let d = self.head_dim;
-            for g in 0..self.kv_heads {
-                for (keys, from) in [(true, k), (false, v)] {
-                    for first in (0..rows).step_by(self.rows) {
-                        let end = rows.min(first + self.rows);
-                        let bytes = weights::encode(&from[(g * rows + first) * d..(g * rows + end) * d], self.dtype);
-                        memory.write_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), &bytes)?;
-                    }
-                }
+            if let Err(e) = self.write_rows(memory, layer, b, rows, [k, v]) {
+                self.undo_reserve();
+                return Err(e);
             }
             self.lengths[b] = rows;
             if let Place::Pages(p) = &mut self.memory {
@@ -429,6 +423,21 @@ impl KvCache {
             }
         }
         self.lengths[b] = rows;
+        Ok(())
+    }
+
+    /// Writes [G, rows, D] of keys and of values to rows 0 … rows − 1 of sequence b in device memory, which are there.
+    fn write_rows(&self, memory: &DeviceBuffer, layer: usize, b: usize, rows: usize, kv: [&[f32]; 2]) -> Result<()> {
+        let d = self.head_dim;
+        for g in 0..self.kv_heads {
+            for (keys, from) in [true, false].into_iter().zip(kv) {
+                for first in (0..rows).step_by(self.rows) {
+                    let end = rows.min(first + self.rows);
+                    let bytes = weights::encode(&from[(g * rows + first) * d..(g * rows + end) * d], self.dtype);
+                    memory.write_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), &bytes)?;
+                }
+            }
+        }
         Ok(())
     }
 
@@ -497,7 +506,7 @@ impl KvCache {
         let k = memory.ptr() + (2 * layer * half * self.dtype.size()) as u64;
         let (table, table_stride, page) = match &self.memory {
             Place::Pages(p) => (p.on_device.ptr(), p.table.columns() as i32, self.rows as i32),
-            _ => (0, 0, 0),
+            _ => (0, 0, self.rows as i32),
         };
         Ok(Cache {
             k,

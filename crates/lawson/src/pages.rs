@@ -14,8 +14,8 @@ use crate::{Context, context::lock};
 ///
 /// A page holds a fixed number of rows of keys and values of one sequence, in every layer. The caches made with
 /// [`KvCache::paged`](crate::KvCache::paged) take pages as their sequences grow and give them back when these are truncated or the cache is
-/// dropped, so that sequences of different lengths share the memory without reserving their capacity. Cheap to clone, usable from any
-/// thread.
+/// dropped, so that sequences of different lengths share the memory without reserving their capacity. Pages are not cleared: rows hold
+/// anything until a call writes them. Cheap to clone, usable from any thread.
 #[derive(Clone)]
 pub struct PagePool(Arc<Pool>);
 

@@ -102,6 +102,7 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                         }
                     });
                     if let Some(cap) = cap {
+                        // Scores behind the last key are anything; they become −∞ below.
                         for j in (0..n.next_multiple_of(keys) * $heads).step_by(S::LANES) {
                             s.store(p.add(j), s.mul(tanh(s, s.load(p.add(j))), s.splat(cap)));
                         }

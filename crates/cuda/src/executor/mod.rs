@@ -200,7 +200,7 @@ impl Gpu {
         };
         let what = format_args!("{} at level {}", plan.problem, plan.level);
         let workspace = self.workspace(state, plan.workspace_bytes, &what)?;
-        let sizes = Sizes::new(plan, self.device.info().multiprocessors as usize);
+        let sizes = Sizes::new(plan, &layout, self.device.info().multiprocessors as usize);
         let counters = plan.steps().map(|s| if let Op::Attention(t) = &s.op { sizes.attention(t).counters() } else { 0 });
         let counters = counters.max().unwrap_or(0) * 4;
         if state.counters.as_ref().is_none_or(|c| c.bytes() < counters) {

@@ -50,14 +50,17 @@ pub(super) struct Sizes<'a> {
     /// Columns of a row of scores that are masked and weighed.
     pub columns: usize,
     pub gathers: bool,
+    /// Whether the copy engine can read the cache.
+    copied: bool,
     multiprocessors: usize,
 }
 
 impl<'a> Sizes<'a> {
-    pub fn new(plan: &'a BlockPlan, multiprocessors: usize) -> Self {
+    pub fn new(plan: &'a BlockPlan, cache: &Cache, multiprocessors: usize) -> Self {
         let batch = &plan.problem.batch;
         let rows = batch.max_len();
         let scores_stride = rows.next_multiple_of(8);
+        let strides = [cache.sequence_stride, cache.head_stride, cache.row_stride];
         // The columns up to whole accesses are masked too where there is a mask.
         let masks = plan.steps().any(|s| s.op == Op::Mask);
         Sizes {
@@ -69,6 +72,7 @@ impl<'a> Sizes<'a> {
             scores_stride,
             columns: if masks { scores_stride } else { rows },
             gathers: plan.steps().any(|s| s.op == Op::Gather),
+            copied: strides.iter().all(|&s| s > 0 && s % 8 == 0),
             multiprocessors,
         }
     }
@@ -128,6 +132,7 @@ impl<'a> Sizes<'a> {
             dtype: p.dtype,
             kv_dtype: p.kv_dtype,
             paged: p.page_size.is_some(),
+            copied: self.copied,
             sequences: self.sequences,
             tokens: self.tokens,
             new: self.new,
@@ -260,7 +265,7 @@ impl Gpu {
         if let Some((what, n)) = limits.into_iter().find(|l| l.1 > MOST_BLOCKS) {
             return Err(Error::invalid(format!("{}: {n} {what} are more than a GPU's {MOST_BLOCKS}", plan.problem)));
         }
-        let s = Sizes::new(plan, info.multiprocessors as usize);
+        let s = Sizes::new(plan, cache, info.multiprocessors as usize);
         let instances: Vec<Vec<Instance>> = plan.steps().map(|step| s.instances(&step.op, &self.device)).collect();
         let mut modules = self.jit.load(&instances.concat())?.into_iter();
         let p = &plan.problem;

@@ -24,7 +24,7 @@ pub struct Call {
     pub out: u64,
     /// From a token to the next in `out`.
     pub out_stride: i64,
-    /// Log-sum-exp, [T, H], or 0.
+    /// Log-sum-exp, [T, H], or 0; the prefill kernels write it only for shapes whose scores have features.
     pub lse: u64,
     /// First token of each sequence, [B + 1].
     pub starts: u64,
@@ -59,6 +59,8 @@ pub struct Shape {
     pub kv_dtype: DType,
     /// Whether the cache lies in pages.
     pub paged: bool,
+    /// Whether the copy engine can read the cache: its strides are multiples of 16 bytes.
+    pub copied: bool,
     /// Sequences.
     pub sequences: usize,
     /// New tokens of all sequences.
@@ -253,7 +255,7 @@ impl Shape {
             macros.extend((usual.map(|u| u.stages) != Some(own.stages)).then_some(("STAGES", own.stages as i64)));
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
-        if hopper && self.hopper_tiles().is_some() {
+        if hopper && self.copied && self.hopper_tiles().is_some() {
             return Instance::new(&ATTENTION_PREFILL_SM90, &macros);
         }
         macros.push(("PAGED", i64::from(self.paged)));
@@ -386,7 +388,7 @@ impl Attention {
             let grid = [shape.splits as u32, (shape.row_tiles() * a.kv_heads) as u32, shape.sequences as u32];
             let launch = Launch::new(grid, 32 * tiles.warps as u32).shared(tiles.shared as u32).overlapping_previous();
             Kind::Decode(module.kernel("attention_decode")?, launch)
-        } else if let Some(tiles) = shape.hopper_tiles().filter(|_| is_hopper(info.compute_capability)) {
+        } else if let Some(tiles) = shape.hopper_tiles().filter(|_| shape.copied && is_hopper(info.compute_capability)) {
             let blocks = (rows.div_ceil(tiles.rows) * pairs).min(info.multiprocessors as usize);
             let threads = 128 * (1 + tiles.rows / 64);
             let launch = Launch::new([blocks as u32, 1, 1], threads as u32).shared(tiles.shared as u32).overlapping_previous();
@@ -438,8 +440,8 @@ impl Attention {
         if [c.q, c.out].iter().any(|p| p % 16 != 0) || [c.q_stride, c.out_stride].iter().any(|s| s % 8 != 0) {
             return Err(Error::invalid("attention on this GPU: queries and results must be aligned to 16 bytes"));
         }
-        // A page, or what a sequence has room for.
-        let rows = if cache.table == 0 { cache.head_stride / cache.row_stride.max(1) } else { cache.page.into() }.max(1);
+        // Of a page, or those of a head that lie in memory: a box that reaches behind them gets 0.
+        let rows = cache.page.max(1);
         let outer = if cache.table == 0 { s.sequences as u64 } else { i32::MAX as u64 };
         let dims = [a.head_dim as u64, rows as u64, a.kv_heads as u64, outer];
         let strides = [cache.row_stride, cache.head_stride, cache.sequence_stride].map(|s| 2 * s as u64);
@@ -566,7 +568,8 @@ mod tests {
                     let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
                     let (dtype, kv_dtype, paged, mask, decode) = (DType::BF16, DType::BF16, false, false, true);
                     let (sequences, tokens, new, rows, splits) = (1, 1, 1, 1, 1);
-                    let shape = Shape { spec, dtype, kv_dtype, paged, sequences, tokens, new, rows, mask, decode, splits };
+                    let shape =
+                        Shape { spec, dtype, kv_dtype, paged, copied: true, sequences, tokens, new, rows, mask, decode, splits };
                     let tiles = shape.prefill_tiles(shared);
                     assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);
                     assert!(shape.decode_tiles(shared).is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");

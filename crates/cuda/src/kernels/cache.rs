@@ -18,6 +18,6 @@ pub struct Cache {
     pub row_stride: i64,
     /// Entries of `table` for each sequence.
     pub table_stride: i32,
-    /// Rows of a page.
+    /// Rows of a page; of each head, those in memory, where the cache is contiguous.
     pub page: i32,
 }

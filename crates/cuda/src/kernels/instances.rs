@@ -63,6 +63,7 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
         dtype,
         kv_dtype: dtype,
         paged: false,
+        copied: true,
         sequences: 1,
         tokens: new,
         new,

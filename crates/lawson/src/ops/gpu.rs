@@ -124,7 +124,8 @@ pub fn replay_timed(context: &Context, operation: Operation<'_>, replays: Replay
 /// RoPE of q and k, and the append of k and v to the cache, in one pass over what the QKV projection wrote.
 ///
 /// # Errors
-/// `Unavailable` on a CPU, where it is part of a block alone; `InvalidInput` when a shape or dtype does not fit or the cache has no room.
+/// `Unavailable` on a CPU, where it is part of a block alone; `InvalidInput` when a shape or dtype does not fit or the cache has no room;
+/// `OutOfMemory` when its pool has too few free pages.
 pub fn rope_append(context: &Context, args: RopeAppendArgs<'_>) -> Result<()> {
     append(context, gpu_of(context, "RoPE with the append by itself")?, args, None).map(drop)
 }
@@ -245,6 +246,7 @@ pub(super) fn attention(
             sequence_stride: strides[0] as i64,
             head_stride: strides[1] as i64,
             row_stride: strides[2] as i64,
+            page: args.k.shape()[2] as i32,
             ..Cache::default()
         },
         mask: mask.as_ref().map(|(buffer, rows)| MaskAt {
@@ -359,7 +361,7 @@ fn rope(
 
 fn append(context: &Context, gpu: &Gpu, mut args: RopeAppendArgs<'_>, replays: Option<Replays>) -> Result<f64> {
     let (cache, tokens, dtype) = (args.cache.cache(), args.batch.tokens(), args.qkv.dtype());
-    let (g, d) = (cache.kv_heads(), cache.head_dim());
+    let (g, d, kv_dtype) = (cache.kv_heads(), cache.head_dim(), cache.dtype());
     let &[t, h, qd] = args.q.shape() else { return Err(shape_error("q", &args.q.as_ref(), "[T, H, D]")) };
     if (t, qd) != (tokens, d) || args.q.dtype() != dtype {
         return Err(shape_error("q", &args.q.as_ref(), &format!("[{tokens}, H, {d}] in {dtype}")));
@@ -376,7 +378,7 @@ fn append(context: &Context, gpu: &Gpu, mut args: RopeAppendArgs<'_>, replays: O
     let (new, past) = (args.batch.new_tokens(), cache.lengths().to_vec());
     let longest = new.iter().zip(&past).map(|(n, p)| n + p).max().unwrap_or(0);
     let frequencies = args.spec.frequencies(d, longest);
-    let shape = heads_shape(dtype, cache.dtype(), args.spec, d, [h, g, g], tokens)?;
+    let shape = heads_shape(dtype, kv_dtype, args.spec, d, [h, g, g], tokens)?;
     let (qkv, q) = (Input::new(gpu, "qkv", &args.qkv)?, Output::new(gpu, "q", &mut args.q)?);
     let at = |heads: usize| qkv.address + (heads * d * dtype.size()) as u64;
     let stride = width as i64;
@@ -393,8 +395,13 @@ fn append(context: &Context, gpu: &Gpu, mut args: RopeAppendArgs<'_>, replays: O
         ..heads::Params::default()
     };
     let positions = Positions { new, past: &past, frequencies: &frequencies };
-    // SAFETY: shapes and dtypes were checked above, and that the cache has room; `args` borrows q and the cache mutably.
-    let seconds = unsafe { run(gpu, &Operator::Heads(shape, &params, positions), replays)? };
+    args.cache.reserve(args.batch)?;
+    // SAFETY: shapes and dtypes were checked above, and the cache has room, and pages, for all rows; `args` borrows q and the cache mutably.
+    let ran = unsafe { run(gpu, &Operator::Heads(shape, &params, positions), replays) };
+    if ran.is_err() {
+        args.cache.undo_reserve();
+    }
+    let seconds = ran?;
     q.finish(&mut args.q)?;
     Ok(seconds)
 }
