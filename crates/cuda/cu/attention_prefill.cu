@@ -24,7 +24,7 @@
 //   grid    x = tiles · B · G with tiles = ⌈S_max · (H/G) / ROWS⌉, S_max the greatest number of new tokens of a sequence; y = z = 1
 //   section how many pairs (b, g) run side by side: clamp(⌊L2 bytes / 2 / (4 · D · rows of the cache)⌋, 1, B·G), so that their K and V stay in L2
 #include "prelude.cuh"
-#include "cache.cuh"
+#include "prefill_call.cuh"
 #include "tile.cuh"
 #include "mma_sm80.cuh"
 #include "score_rules.cuh"
@@ -49,29 +49,7 @@ constexpr int KEY_TILES = KEYS / 8, DIM_TILES = DIM / 8;
 constexpr int TILE_BYTES = 2 * PITCH * KEYS;
 static_assert(DIM % 16 == 0 && DIM <= 256 && KEYS % 16 == 0 && (KEYS & (KEYS - 1)) == 0, "whole fragments");
 
-struct Params {
-    const unsigned short* q;    // token t, head h at t·q_stride + h·head_dim
-    unsigned short* out;        // the same with out_stride
-    float* lse;                 // [T, H], natural logarithm, sinks included; null: not wanted; only with SCORE_FEATURES
-    const int* starts;          // [B + 1], first token of each sequence
-    const int* past;            // [B], rows of the cache before the new tokens, which stand at rows past … past + S − 1
-    const float* sinks;         // [H] or null
-    const float* alibi_slopes;  // [H] or null
-    const unsigned char* mask;  // nonzero = visible, at b·mask_sequence_stride + h·mask_head_stride + i·mask_row_stride + j, or null
-    long long q_stride, out_stride;  // elements
-    long long mask_sequence_stride, mask_head_stride, mask_row_stride;
-    Cache cache;
-    float scale;    // finite, not 0; negative only with SCORE_FEATURES
-    float softcap;  // 0: none
-    int batch;      // B
-    int heads;      // H
-    int kv_heads;   // G
-    int head_dim;   // D ≤ HEAD_DIM_PADDED
-    int causal;     // 0 or 1
-    int window;     // 0: none; else a query at position i sees keys from i − window + 1 on
-    int section;    // see above; at least 1
-    int tiles;      // of rows, of each pair
-};
+typedef PrefillCall Params;
 
 // One head of one sequence of the cache. It lies in shared memory, since the main loop has no registers for it.
 struct Head {

@@ -25,7 +25,7 @@
 //   grid    x = min(multiprocessors, tiles · B · G) with tiles = ⌈S_max · (H/G) / ROWS⌉; y = z = 1
 //   section as in attention_prefill.cu
 #include "prelude.cuh"
-#include "cache.cuh"
+#include "prefill_call.cuh"
 #include "tile.cuh"
 #include "mma_sm90.cuh"
 #include "score_rules.cuh"
@@ -40,30 +40,10 @@ constexpr int UNITS = DIM / 8;  // of a row, 16 bytes each
 // Registers of the threads that copy and of those that compute; all together what THREADS threads have at the start.
 constexpr int FEW = WARPGROUPS == 3 ? 32 : 24, MANY = WARPGROUPS == 3 ? 160 : 240;
 
-struct Params {
+struct Maps {
     TensorMap k_map, v_map;
-    const unsigned short* q;    // token t, head h at t·q_stride + h·head_dim
-    unsigned short* out;        // the same with out_stride
-    float* lse;                 // [T, H], natural logarithm, sinks included; null: not wanted; only with SCORE_FEATURES
-    const int* starts;          // [B + 1], first token of each sequence
-    const int* past;            // [B], rows of the cache before the new tokens, which stand at rows past … past + S − 1
-    const float* sinks;         // [H] or null
-    const float* alibi_slopes;  // [H] or null
-    const unsigned char* mask;  // nonzero = visible, at b·mask_sequence_stride + h·mask_head_stride + i·mask_row_stride + j, or null
-    long long q_stride, out_stride;  // elements
-    long long mask_sequence_stride, mask_head_stride, mask_row_stride;
-    Cache cache;
-    float scale;    // finite, not 0; negative only with SCORE_FEATURES
-    float softcap;  // 0: none
-    int batch;      // B
-    int heads;      // H
-    int kv_heads;   // G
-    int head_dim;   // D ≤ HEAD_DIM_PADDED
-    int causal;     // 0 or 1
-    int window;     // 0: none; else a query at position i sees keys from i − window + 1 on
-    int section;    // see above; at least 1
-    int tiles;      // of rows, of each pair
 };
+struct Params : Maps, PrefillCall {};
 
 // A tile of query rows of one pair of sequence and key/value head.
 struct Item {

@@ -53,10 +53,10 @@ sources! {
     ATTENTION_F32 = "attention_f32" ["attention_f32", "attention_f32_merge"] ["prelude.cuh", "cache.cuh"];
     /// Attention of many queries on tensor cores.
     ATTENTION_PREFILL = "attention_prefill" ["attention_prefill"]
-        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "score_rules.cuh", "softmax_state.cuh"];
+        ["prelude.cuh", "cache.cuh", "prefill_call.cuh", "tile.cuh", "mma_sm80.cuh", "score_rules.cuh", "softmax_state.cuh"];
     /// The same on Hopper.
     ATTENTION_PREFILL_SM90 = "attention_prefill_sm90" ["attention_prefill_sm90"]
-        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm90.cuh", "score_rules.cuh", "softmax_state.cuh"];
+        ["prelude.cuh", "cache.cuh", "prefill_call.cuh", "tile.cuh", "mma_sm90.cuh", "score_rules.cuh", "softmax_state.cuh"];
     /// Attention of few queries on tensor cores.
     ATTENTION_DECODE = "attention_decode" ["attention_decode"]
         ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "softmax_state.cuh"];
