@@ -68,7 +68,11 @@ pub fn explain(plan: &BlockPlan) -> String {
             let params = match s.op {
                 Op::Projection(p) => format!(" row tile {}", p.row_tile),
                 Op::Attention(t) | Op::MergeSplits(t) => {
-                    let split = t.split.map_or_else(|| "no split".to_string(), |s| format!("parts of {s} rows"));
+                    let split = match (t.split, t.shares) {
+                        (Some(s), _) => format!("parts of {s} rows"),
+                        (None, Some(n)) => format!("shares for {}", count(n, "block", "blocks")),
+                        (None, None) => "no split".to_string(),
+                    };
                     if t.query_tile == 0 {
                         format!(" {split}")
                     } else {

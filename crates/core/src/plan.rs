@@ -49,6 +49,9 @@ pub struct TiledAttention {
     /// Rows of the cache in each part that is attended by itself; parts are merged in order. A multiple of 64 on
     /// a CPU; a GPU divides the rows that are there among as many parts.
     pub split: Option<usize>,
+    /// Blocks of a GPU that take even shares of the keys of all sequences and heads, for each tile of query rows. Where a sequence's keys are
+    /// then divided follows from the lengths of all.
+    pub shares: Option<usize>,
 }
 
 /// What a step does.

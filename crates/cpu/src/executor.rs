@@ -452,7 +452,7 @@ impl Run<'_> {
 
     unsafe fn strips(&self, kernel: unsafe fn(&Strips<'_>, usize, *mut f32)) -> Result<()> {
         let f32s = |name| self.f32s(name).unwrap_or(std::ptr::null_mut());
-        let attention = self.attention_args(&TiledAttention { query_tile: 1, split: None })?;
+        let attention = self.attention_args(&TiledAttention { query_tile: 1, split: None, shares: None })?;
         let strips =
             Strips { attention, q: f32s(BufferName::QStrips), scores: f32s(BufferName::Scores), o: f32s(BufferName::OStrips) };
         let strips = SharedRef(&strips);

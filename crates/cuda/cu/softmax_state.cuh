@@ -45,21 +45,28 @@ template <int DT> __device__ __forceinline__ void store_columns(unsigned short* 
     }
 }
 
-// Merges the parts of one row, split by split in ascending order, and stores the result: a warp's work. parts [splits, DIM] is each part's acc, states
-// [splits, 2] its m and l; a part with l = 0 does not count,
-// whatever its acc holds. Written by other blocks, so both are read past L1.
-template <int DT, int DIM>
-__device__ __forceinline__ void merge_parts(const float* parts, const float2* states, int splits, float sink, unsigned short* out, int columns, bool wide,
-                                            float* log_sum_exp, int lane) {
+// Counts a block at `counter`, which goes from `last` to 0, and returns how many came before. What blocks wrote before they were counted is visible to
+// this block from now on; barriers of the block carry that to and from its other threads.
+__device__ __forceinline__ unsigned count_arrival(unsigned* counter, unsigned last) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+    return before;
+}
+
+// Merges `count` parts of one row in their order and stores the result: a warp's work. Part i lies at place(i): parts [place, DIM] is its acc, states
+// [place, 2] its m and l; a part with l = 0 does not count, whatever its acc holds. Written by other blocks, so both are read past L1.
+template <int DT, int DIM, class Place>
+__device__ __forceinline__ void merge_parts(const float* parts, const float2* states, int count, const Place& place, float sink, unsigned short* out,
+                                            int columns, bool wide, float* log_sum_exp, int lane) {
     constexpr int PASSES = (DIM + 127) / 128, CHUNK = DIM <= 128 ? 16 : 8;
-    float m = NOTHING_SEEN;
-    for (int s = lane; s < splits; s += 32) {
-        const float2 state = __ldcg(states + s);
+    float m = NOTHING_SEEN, l = 0.0f, weight = 0.0f, acc[PASSES][4] = {};
+    float2 state = make_float2(NOTHING_SEEN, 0.0f);
+    for (int s = lane; s < count; s += 32) {
+        state = __ldcg(states + place(s));
         if (state.y != 0.0f) m = fmaxf(m, state.x);
     }
-    float l = 0.0f, acc[PASSES][4] = {};
-    // Each chunk's parts are on their way before its weights are needed. CHUNK divides 32, so a lane's weights are summed in a fixed order.
-    for (int first = 0; first < splits; first += CHUNK) {
+    // Each chunk's parts are on their way before its weights are needed. A lane's weights are summed in a fixed order.
+    for (int first = 0; first < count; first += CHUNK) {
         float4 x[CHUNK][PASSES];
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s)
@@ -67,20 +74,18 @@ __device__ __forceinline__ void merge_parts(const float* parts, const float2* st
             for (int pass = 0; pass < PASSES; ++pass) {
                 const int c = pass * 128 + lane * 4;
                 x[s][pass] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (first + s < splits && c < DIM) x[s][pass] = __ldcg(reinterpret_cast<const float4*>(parts + (long long)(first + s) * DIM + c));
+                if (first + s < count && c < DIM) x[s][pass] = __ldcg(reinterpret_cast<const float4*>(parts + (long long)place(first + s) * DIM + c));
             }
         if (first == 0) m = warp_max(m);
-        float weight = 0.0f;
-        if (lane < CHUNK && first + lane < splits) {
-            const float2 state = __ldcg(states + first + lane);
-            if (state.y != 0.0f) {
-                weight = exp2_approx(state.x - m);
-                l = fmaf(state.y, weight, l);
-            }
+        if (first % 32 == 0) {
+            const bool inside = first + lane < count;
+            if (count > 32 && inside) state = __ldcg(states + place(first + lane));
+            weight = inside && state.y != 0.0f ? exp2_approx(state.x - m) : 0.0f;
+            if (weight != 0.0f) l = fmaf(state.y, weight, l);
         }
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s) {
-            const float w = __shfl_sync(FULL_MASK, weight, s);
+            const float w = __shfl_sync(FULL_MASK, weight, first % 32 + s);
             if (w != 0.0f) {
 #pragma unroll
                 for (int pass = 0; pass < PASSES; ++pass) {

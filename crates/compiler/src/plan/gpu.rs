@@ -54,9 +54,18 @@ impl Draft<'_> {
             BufferName::Scores => (product(&[b, a.heads, new, rows.next_multiple_of(8)]), DType::F32),
             BufferName::Projected => (product(&[t, p.spec.hidden_size]), DType::F32),
             BufferName::Parts => {
-                let parts = self.gpu_tiles().split.map_or(0, |s| rows.div_ceil(s));
+                let tiles = self.gpu_tiles();
+                let of_rows = match (tiles.split, tiles.shares) {
+                    (Some(split), _) => product(&[t, a.heads, rows.div_ceil(split)]),
+                    // A share goes on with an item that another block began, and begins one that another goes on with.
+                    (_, Some(shares)) if shares > 1 => {
+                        let of_group = new * a.group();
+                        product(&[2, shares, of_group.div_ceil(DECODE_ROWS), of_group.min(DECODE_ROWS)])
+                    }
+                    _ => 0,
+                };
                 // Kernels pad heads, to multiples of 64 at most.
-                (product(&[t, a.heads, parts, a.head_dim.next_multiple_of(64) + 2]), DType::F32)
+                (product(&[of_rows, a.head_dim.next_multiple_of(64) + 2]), DType::F32)
             }
             _ => (0, DType::F32),
         }
@@ -72,20 +81,28 @@ impl Draft<'_> {
         if turned && wide { DType::F32 } else { self.problem.dtype }
     }
 
-    /// Queries of a block, and the parts that keys are split into where one block for each group of rows would leave multiprocessors idle.
+    /// Queries of a block; for few queries, how the keys are divided so that no multiprocessor is idle.
     fn gpu_tiles(&self) -> TiledAttention {
         let (a, batch) = (&self.problem.spec.attention, &self.problem.batch);
         let rows = batch.max_new() * a.group();
         if batch.max_new() > DECODE_TOKENS {
             let block = PREFILL_ROWS[usize::from(a.head_dim > 128)];
-            return TiledAttention { query_tile: (block / a.group()).max(1), split: None };
+            return TiledAttention { query_tile: (block / a.group()).max(1), split: None, shares: None };
         }
-        let blocks = batch.sequences() * a.kv_heads * rows.div_ceil(DECODE_ROWS);
-        let multiprocessors = self.planner.machine.threads;
-        // One block fills a multiprocessor with copies on their way. Many blocks are split in two, so that the last ones end together.
-        let parts = if blocks >= 4 * multiprocessors { 2 } else { multiprocessors / blocks.max(1) };
-        let parts = parts.clamp(1, batch.max_len().div_ceil(LEAST_SPLIT).min(256));
-        TiledAttention { query_tile: 0, split: (parts > 1).then(|| batch.max_len().div_ceil(parts)) }
+        let (tiles, multiprocessors) = (rows.div_ceil(DECODE_ROWS), self.planner.machine.threads);
+        let (heads, most) = (batch.sequences() * a.kv_heads, batch.max_len().div_ceil(LEAST_SPLIT));
+        let p = self.problem;
+        if p.dtype != DType::F32 && p.dtype == p.kv_dtype && a.head_dim <= 256 {
+            // One block fills a multiprocessor with copies on their way. Shares that begin and end with a head of equal lengths have
+            // little to merge, which is worth a few idle multiprocessors.
+            let blocks = (multiprocessors / tiles).max(1);
+            let even = if heads <= blocks { blocks - blocks % heads } else { heads / heads.div_ceil(blocks) };
+            let shares = if even * 16 >= blocks * 15 { even } else { blocks }.min(heads * most);
+            return TiledAttention { query_tile: 0, split: None, shares: Some(shares) };
+        }
+        let blocks = heads * tiles;
+        let parts = if blocks >= 4 * multiprocessors { 2 } else { multiprocessors / blocks.max(1) }.clamp(1, most.min(256));
+        TiledAttention { query_tile: 0, split: (parts > 1).then(|| batch.max_len().div_ceil(parts)), shares: None }
     }
 
     fn gpu_projection(&mut self, part: Part, folded: bool, residual: bool, reads: Operand, write: Operand, why: &str) {
@@ -208,17 +225,18 @@ impl Draft<'_> {
         let kernel = if tiled.query_tile == 0 { KernelOp::AttentionDecode } else { KernelOp::AttentionPrefill };
         let mut reads = vec![q, Operand::Cache];
         reads.extend(self.problem.mask.map(|_| Operand::Mask));
-        let why = match (tiled.query_tile, tiled.split) {
-            (0, None) => "few queries: a key is read once for all heads of its group".to_string(),
-            (0, Some(s)) => {
-                format!(
-                    "few queries: keys in parts of {s} rows fill the multiprocessors, and the last block of a head merges them"
-                )
+        let why = match (tiled.query_tile, tiled.split, tiled.shares) {
+            (0, Some(s), _) => {
+                format!("few queries: keys in parts of {s} rows fill the multiprocessors, and the parts are merged")
             }
-            (n, _) => format!("each tile of keys serves {} of a head; scores stay in registers", count(n, "query", "queries")),
+            (0, _, Some(n)) if n > 1 => {
+                format!("few queries: {n} blocks read even shares of all keys, and the last block of a head merges its parts")
+            }
+            (0, ..) => "few queries: a key is read once for all heads of its group".to_string(),
+            (n, ..) => format!("each tile of keys serves {} of a head; scores stay in registers", count(n, "query", "queries")),
         };
         let parts = buffer(BufferName::Parts);
-        let writes: &[Operand] = if tiled.split.is_some() { &[parts, o] } else { &[o] };
+        let writes: &[Operand] = if self.gpu_elements(BufferName::Parts).0 > 0 { &[parts, o] } else { &[o] };
         self.step(Op::Attention(tiled), kernel, &reads, writes, why);
     }
 

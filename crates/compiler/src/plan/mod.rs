@@ -657,5 +657,6 @@ pub fn attention_tiles(problem: &AttentionProblem, kernels: &[KernelInfo], rows:
     // Parts cost memory and a merge; many queries give work enough sooner than one does.
     let enough = if query_tile == 0 { ENOUGH_ITEMS } else { ENOUGH_ITEMS / 4 };
     let parts = (enough / items.max(1)).clamp(1, (longest / LEAST_SPLIT).max(1));
-    TiledAttention { query_tile, split: (parts > 1).then(|| longest.div_ceil(parts).next_multiple_of(64)) }
+    let split = (parts > 1).then(|| longest.div_ceil(parts).next_multiple_of(64));
+    TiledAttention { query_tile, split, shares: None }
 }

@@ -140,6 +140,7 @@ impl<'a> Sizes<'a> {
             mask: p.mask.is_some(),
             decode: t.query_tile == 0,
             splits: t.split.map_or(1, |s| self.rows.div_ceil(s)),
+            shares: t.shares.unwrap_or(1),
         }
     }
 

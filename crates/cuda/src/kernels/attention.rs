@@ -42,9 +42,9 @@ pub struct Call {
     pub mask_head_stride: i64,
     /// From a query's mask to the next.
     pub mask_row_stride: i64,
-    /// Partial results, where keys are split.
+    /// Partial results, where keys are split or shared.
     pub parts: u64,
-    /// Zeros, one for each (sequence, group of rows), where keys are split; zeros again afterwards.
+    /// Zeros, one for each (sequence, group of rows), where keys are shared; zeros again afterwards.
     pub counters: u64,
 }
 
@@ -73,8 +73,10 @@ pub struct Shape {
     pub mask: bool,
     /// Whether the decode kernel is asked for.
     pub decode: bool,
-    /// Parts that keys are split into, at least 1.
+    /// Parts that keys are split into in f32, at least 1.
     pub splits: usize,
+    /// Blocks of the decode kernel that share the keys of all sequences and heads for one tile of rows, at least 1.
+    pub shares: usize,
 }
 
 /// Parameters of `attention_prefill`.
@@ -146,8 +148,10 @@ pub struct DecodeParams {
     pub heads: i32,
     pub kv_heads: i32,
     pub head_dim: i32,
+    pub sequences: i32,
     pub causal: i32,
     pub window: i32,
+    pub part_rows: i32,
     pub reserved: i32,
 }
 // SAFETY: #[repr(C)], the fields of the source's struct in its order, without padding.
@@ -214,7 +218,7 @@ impl Shape {
         (self.new * self.spec.group()).div_ceil(DECODE_ROWS)
     }
 
-    /// Counters that a split call needs.
+    /// Counters that a call of the decode kernel needs.
     pub fn counters(&self) -> usize {
         self.sequences * self.row_tiles() * self.spec.kv_heads
     }
@@ -250,9 +254,7 @@ impl Shape {
             ("SCORE_FEATURES", self.score_features()),
         ];
         if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
-            let usual = self.decode_tiles(HOPPER_SHARED);
-            macros.extend((usual.map(|u| u.warps) != Some(own.warps)).then_some(("WARPS", own.warps as i64)));
-            macros.extend((usual.map(|u| u.stages) != Some(own.stages)).then_some(("STAGES", own.stages as i64)));
+            macros.extend([("WARPS", own.warps as i64), ("STAGES", own.stages as i64)]);
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
         if hopper && self.copied && self.hopper_tiles().is_some() {
@@ -275,9 +277,10 @@ impl Shape {
         let p = self.padded();
         let most = shared.min(HOPPER_SHARED) as usize;
         let of = |warps: usize| {
-            let stage = 64 * warps * (p + 8);
-            let stages = (most.saturating_sub(128 * warps + 16) / stage).min(220_000 / stage).min(8);
-            (stages >= 2).then_some(DecodeTiles { warps, stages, shared: stage * stages + 128 * warps + 16 })
+            // K and V of a step of each warp; what is merged.
+            let (stage, merging) = (64 * warps * (p + 8), 16 * warps * (p + 8) + 128 * warps + 128);
+            let stages = (most.saturating_sub(merging) / stage).min(8);
+            (stages >= 2).then_some(DecodeTiles { warps, stages, shared: stage * stages + merging })
         };
         if p <= 128 { of(8).or_else(|| of(4)) } else { of(4) }
     }
@@ -385,7 +388,7 @@ impl Attention {
             let merge = if shape.splits > 1 { Some(module.kernel("attention_f32_merge")?) } else { None };
             Kind::F32 { kernel: module.kernel("attention_f32")?, launch, merge }
         } else if let Some(tiles) = shape.decode_tiles(info.shared_memory_per_block).filter(|_| shape.decode) {
-            let grid = [shape.splits as u32, (shape.row_tiles() * a.kv_heads) as u32, shape.sequences as u32];
+            let grid = [shape.shares as u32, shape.row_tiles() as u32, 1];
             let launch = Launch::new(grid, 32 * tiles.warps as u32).shared(tiles.shared as u32).overlapping_previous();
             Kind::Decode(module.kernel("attention_decode")?, launch)
         } else if let Some(tiles) = shape.hopper_tiles().filter(|_| shape.copied && is_hopper(info.compute_capability)) {
@@ -480,15 +483,15 @@ impl Attention {
                 unsafe { kernel.launch(launch, &params, problem) }
             }
             Kind::Decode(kernel, launch) => {
-                let states = c.parts + (s.tokens * a.heads * s.splits * s.padded() * 4) as u64;
-                let split = s.splits > 1;
+                let (part_rows, shared) = ((s.new * a.group()).min(DECODE_ROWS), s.shares > 1);
+                let states = c.parts + (2 * s.shares * s.row_tiles() * part_rows * s.padded() * 4) as u64;
                 let params = DecodeParams {
                     q: c.q,
                     out: c.out,
                     lse: c.lse,
-                    parts: if split { c.parts } else { 0 },
-                    states: if split { states } else { 0 },
-                    counters: if split { c.counters } else { 0 },
+                    parts: if shared { c.parts } else { 0 },
+                    states: if shared { states } else { 0 },
+                    counters: if shared { c.counters } else { 0 },
                     starts: c.starts,
                     past: c.past,
                     sinks: c.sinks,
@@ -505,8 +508,10 @@ impl Attention {
                     heads,
                     kv_heads,
                     head_dim,
+                    sequences: s.sequences as i32,
                     causal,
                     window,
+                    part_rows: part_rows as i32,
                     reserved: 0,
                 };
                 // SAFETY: the caller's.
@@ -567,9 +572,23 @@ mod tests {
                 for softcap in [None, lawson_core::problem::Real::new(1.0)] {
                     let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
                     let (dtype, kv_dtype, paged, mask, decode) = (DType::BF16, DType::BF16, false, false, true);
-                    let (sequences, tokens, new, rows, splits) = (1, 1, 1, 1, 1);
-                    let shape =
-                        Shape { spec, dtype, kv_dtype, paged, copied: true, sequences, tokens, new, rows, mask, decode, splits };
+                    let (sequences, tokens, new, rows, splits, shares) = (1, 1, 1, 1, 1, 1);
+                    let copied = true;
+                    let shape = Shape {
+                        spec,
+                        dtype,
+                        kv_dtype,
+                        paged,
+                        copied,
+                        sequences,
+                        tokens,
+                        new,
+                        rows,
+                        mask,
+                        decode,
+                        splits,
+                        shares,
+                    };
                     let tiles = shape.prefill_tiles(shared);
                     assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);
                     assert!(shape.decode_tiles(shared).is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");

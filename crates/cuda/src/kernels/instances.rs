@@ -71,6 +71,7 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
         mask: false,
         decode: false,
         splits: 1,
+        shares: 1,
     };
     // Of the dimensions that kernels are compiled for, and next to them some that the copy engine cannot take.
     for head_dim in [32, 64, 80, 96, 128, 192, 256, 60, 124, 252] {
