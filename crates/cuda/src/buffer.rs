@@ -2,7 +2,7 @@
 //!
 //! All work of a [`Device`] goes through one stream in order, so a buffer that is dropped can be handed out again at once: whatever still uses
 //! it was enqueued before whatever will use it next. Blocks come from the driver in size classes at most an eighth larger than what was
-//! asked for, and go back to it only when memory is short or [`Device::trim`] says so.
+//! asked for, and go back to it only when memory is short or [`Device::trim`] says so. A buffer may also be memory that somebody else owns.
 
 use std::{
     collections::HashMap,
@@ -23,6 +23,8 @@ use crate::{
 
 /// Smallest block, and the alignment of every one.
 const GRAIN: usize = 512;
+/// Alignment of memory that somebody else owns: what the widest access of a kernel and the bulk copy engine ask for.
+const BORROWED_ALIGNMENT: u64 = 16;
 
 /// Types whose values are plain bytes on both sides.
 ///
@@ -117,7 +119,7 @@ impl Device {
         let taken = |state: &mut State, ptr| {
             state.usage.in_use += bytes as u64;
             state.usage.peak = state.usage.peak.max(state.usage.in_use);
-            DeviceBuffer { ptr, bytes, class, device: self.clone() }
+            DeviceBuffer { ptr, bytes, class: Some(class), device: self.clone() }
         };
         {
             let mut state = self.pool().state();
@@ -182,17 +184,77 @@ impl Device {
     }
 }
 
-/// Memory of a device; goes back to its pool when dropped. Its methods take `&self`: Rust never looks at device memory, and the stream's
-/// order keeps writes apart.
+/// The end of the range of device memory that `address` lies in.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] when it is no memory of `device`.
+fn range_end(device: &Device, address: u64) -> Result<u64> {
+    use sys::CUpointer_attribute as Attribute;
+    let ask = |which: Attribute, to: *mut c_void| {
+        // SAFETY: `bind` below made the context current; each caller points to a live value of the type that the driver documents for `which`.
+        match unsafe { sys::cuPointerGetAttribute(to, which, address) } {
+            CUresult::CUDA_ERROR_INVALID_VALUE => {
+                Err(Error::invalid(format!("the driver knows of no memory of a GPU at {address:#x}")))
+            }
+            code => check(code, || format!("asking about the memory at {address:#x}")),
+        }
+    };
+    device.bind()?;
+    let (mut kind, mut ordinal, mut start, mut size) = (0u32, 0i32, 0u64, 0usize);
+    ask(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, (&raw mut kind).cast())?;
+    if kind != sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 {
+        return Err(Error::invalid(format!("{address:#x} is memory of the host")));
+    }
+    ask(Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, (&raw mut ordinal).cast())?;
+    if usize::try_from(ordinal) != Ok(device.info().ordinal) {
+        return Err(Error::invalid(format!("{address:#x} is memory of cuda:{ordinal}")));
+    }
+    ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, (&raw mut start).cast())?;
+    ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, (&raw mut size).cast())?;
+    let end = start.saturating_add(size as u64);
+    if end <= address {
+        return Err(Error::invalid(format!("the driver knows of no memory of a GPU at {address:#x}")));
+    }
+    Ok(end)
+}
+
+/// Memory of a device; goes back to its pool when dropped, unless somebody else owns it. Its methods take `&self`: Rust never looks at device
+/// memory, and the stream's order keeps writes apart.
 pub struct DeviceBuffer {
     ptr: u64,
     bytes: usize,
-    class: usize,
+    /// Of the pool's block; none where somebody else owns the memory.
+    class: Option<usize>,
     device: Device,
 }
 
 impl DeviceBuffer {
-    /// Its address on the device, a multiple of 256.
+    /// `bytes` of memory at `ptr` that somebody else owns and frees. They are no part of [`Device::usage`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] when they are not all memory of `device` or do not begin at a multiple of 16.
+    ///
+    /// # Safety
+    /// The memory is `device`'s to use, in its primary context, until the buffer is dropped and all work enqueued with it is done. Whoever
+    /// else writes what that work reads, or uses what it writes, comes before or behind it: in the device's stream, or after waiting.
+    pub unsafe fn from_raw_parts(device: &Device, ptr: u64, bytes: usize) -> Result<DeviceBuffer> {
+        let refuse = |why: &str| Error::invalid(format!("{bytes} bytes at {ptr:#x} for cuda:{}: {why}", device.info().ordinal));
+        if !ptr.is_multiple_of(BORROWED_ALIGNMENT) {
+            return Err(refuse(&format!("the address is not a multiple of {BORROWED_ALIGNMENT}")));
+        }
+        let end = ptr.checked_add(bytes as u64).ok_or_else(|| refuse("no address space ends there"))?;
+        let mut known = ptr;
+        // Allocators that grow in place back one piece of memory by several ranges.
+        while known < end {
+            known = range_end(device, known).map_err(|e| match e.kind() {
+                ErrorKind::InvalidInput => refuse(&e.to_string()),
+                _ => e,
+            })?;
+        }
+        Ok(DeviceBuffer { ptr, bytes, class: None, device: device.clone() })
+    }
+
+    /// Its address on the device, a multiple of 256; of 16 where somebody else owns the memory.
     #[inline]
     pub fn ptr(&self) -> u64 {
         self.ptr
@@ -323,9 +385,10 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
+        let Some(class) = self.class else { return };
         let mut state = self.device.pool().state();
         state.usage.in_use -= self.bytes as u64;
-        state.free.entry(self.class).or_default().push(self.ptr);
+        state.free.entry(class).or_default().push(self.ptr);
     }
 }
 

@@ -62,6 +62,7 @@ const DRIVER: Shared = Shared {
         "cuMemcpyDtoHAsync_v2",
         "cuMemcpyDtoDAsync_v2",
         "cuMemsetD8Async",
+        "cuPointerGetAttribute",
         "cuModuleLoadData",
         "cuModuleUnload",
         "cuModuleGetFunction",

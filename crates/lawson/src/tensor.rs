@@ -1,8 +1,10 @@
-//! Owned tensors.
+//! Owned tensors, and tensors in device memory that the caller owns.
+
+use std::ffi::c_void;
 
 use half::{bf16, f16};
 use lawson_core::{DType, DeviceElements, DeviceElementsMut, Error, ErrorKind, Result, Storage, TensorMut, TensorRef};
-use lawson_cuda::DeviceBuffer;
+use lawson_cuda::{DeviceBuffer, Gpu};
 
 use crate::Context;
 
@@ -86,7 +88,17 @@ impl Tensor {
     }
 }
 
-/// A contiguous tensor in a GPU's memory.
+fn gpu_of(context: &Context) -> Result<&Gpu> {
+    context.gpu().ok_or_else(|| Error::new(ErrorKind::Unavailable, "a tensor on a device needs a context of a GPU"))
+}
+
+/// Bytes of a tensor.
+fn bytes_of(dtype: DType, shape: &[usize]) -> Result<usize> {
+    let bytes = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)).filter(|_| shape.len() <= 4);
+    bytes.ok_or_else(|| Error::invalid(format!("a tensor of shape {shape:?} cannot be made")))
+}
+
+/// A contiguous tensor in a GPU's memory, its own or the caller's.
 #[derive(Debug)]
 pub struct DeviceTensor {
     buffer: DeviceBuffer,
@@ -100,9 +112,7 @@ impl DeviceTensor {
     /// # Errors
     /// `Unavailable` when the context has none; `InvalidInput` when the tensor is not contiguous in host memory; `OutOfMemory` with the sizes.
     pub fn upload(context: &Context, tensor: &TensorRef<'_>) -> Result<Self> {
-        let Some(gpu) = context.gpu() else {
-            return Err(Error::new(ErrorKind::Unavailable, "a tensor on a device needs a context of a GPU"));
-        };
+        let gpu = gpu_of(context)?;
         let buffer = match tensor.storage() {
             _ if !tensor.is_contiguous() => None,
             Storage::F32(s) => Some(gpu.device().upload(s)?),
@@ -120,14 +130,59 @@ impl DeviceTensor {
     /// `Unavailable` when the context has none; `InvalidInput` when the shape has more than four dimensions or overflows; `OutOfMemory` with the
     /// sizes.
     pub fn nans(context: &Context, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let Some(gpu) = context.gpu() else {
-            return Err(Error::new(ErrorKind::Unavailable, "a tensor on a device needs a context of a GPU"));
-        };
-        let bytes = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)).filter(|_| shape.len() <= 4);
-        let bytes = bytes.ok_or_else(|| Error::invalid(format!("a tensor of shape {shape:?} cannot be made")))?;
-        let mut tensor = DeviceTensor { buffer: gpu.device().alloc(bytes)?, dtype, shape: shape.to_vec() };
+        let buffer = gpu_of(context)?.device().alloc(bytes_of(dtype, shape)?)?;
+        let mut tensor = DeviceTensor { buffer, dtype, shape: shape.to_vec() };
         tensor.poison()?;
         Ok(tensor)
+    }
+
+    /// The tensor of `shape` that the caller, or another library, keeps at `pointer` in the memory of the context's GPU, contiguous and
+    /// row-major. It is used where it lies and never freed; without elements the pointer may be null.
+    ///
+    /// ```no_run
+    /// use std::ffi::c_void;
+    ///
+    /// use lawson::{Args, AttentionBlock, BlockSpec, BlockWeights, Context, ContextOptions, DType, Device, DeviceTensor};
+    /// use lawson::{AttentionSpec, Batch, KvCache};
+    ///
+    /// /// y = block(x) of one sequence of `rows` tokens that another library keeps in bf16 on cuda:0 and works on in `stream`.
+    /// ///
+    /// /// # Safety
+    /// /// x and y are its tensors `[rows, E]`, and all of them live until `stream` has done what is enqueued here.
+    /// unsafe fn attend(
+    ///     spec: BlockSpec,
+    ///     weights: BlockWeights<'_>,
+    ///     rows: usize,
+    ///     [x, y, stream]: [*mut c_void; 3],
+    /// ) -> lawson::Result<()> {
+    ///     let options = ContextOptions { device: Device::Cuda(0), ..Default::default() };
+    ///     // Its work and Lawson's then follow one another, and nobody waits.
+    ///     // SAFETY: the caller's.
+    ///     let context = unsafe { Context::with_cuda_stream(options, stream) }?;
+    ///     let e = spec.hidden_size;
+    ///     // SAFETY: the caller's.
+    ///     let tensor = |at| unsafe { DeviceTensor::from_raw_parts(&context, at, DType::BF16, &[rows, e]) };
+    ///     let (x, mut y) = (tensor(x)?, tensor(y)?);
+    ///     let block = AttentionBlock::builder(spec, weights).dtype(DType::BF16).build(&context)?;
+    ///     let mut cache = KvCache::new(&context, &block.spec().attention, 1, 1, rows, DType::BF16)?;
+    ///     let batch = Batch::uniform(1, rows)?;
+    ///     block.forward(Args { x: x.as_ref(), batch: &batch, mask: None, cache: cache.layer(0), y: y.as_mut() })
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// `Unavailable` when the context has no GPU; `InvalidInput` when the shape has more than four dimensions or overflows, or the elements are
+    /// not all memory of that GPU or do not begin at a multiple of 16 bytes.
+    ///
+    /// # Safety
+    /// The elements are the GPU's to use, in its primary context, until the tensor is dropped and all work enqueued with it is done. Whoever
+    /// else writes what that work reads, or uses what it writes, comes before or behind it: in the context's stream
+    /// ([`Context::with_cuda_stream`] takes the caller's), or after waiting for it ([`Context::synchronize`]).
+    pub unsafe fn from_raw_parts(context: &Context, pointer: *mut c_void, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let (device, bytes) = (gpu_of(context)?.device(), bytes_of(dtype, shape)?);
+        // SAFETY: the caller's.
+        let buffer = unsafe { DeviceBuffer::from_raw_parts(device, pointer.addr() as u64, bytes) }?;
+        Ok(DeviceTensor { buffer, dtype, shape: shape.to_vec() })
     }
 
     /// As [`DeviceTensor::upload`], `times` times behind one another along the first dimension.

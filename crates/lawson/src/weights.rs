@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use lawson_core::{Error, Result, Storage, TensorRef, data::BlockData, problem::BlockSpec};
 
-/// The weights of one block in whatever dtypes they are stored: E hidden size, H query heads, G key/value heads, D head dimension.
+/// The weights of one block in host memory, in whatever dtypes they are stored: E hidden size, H query heads, G key/value heads, D head
+/// dimension.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockWeights<'a> {
     /// `[H·D, E]`.
@@ -97,16 +98,17 @@ impl<'a> BlockWeights<'a> {
         Ok([rows(packed, 0..q)?, rows(packed, q..q + kv)?, rows(packed, q + kv..all)?])
     }
 
-    /// Checks that every tensor has the shape that `spec` needs and that the optional ones are there exactly when `spec` asks.
+    /// Checks that every tensor lies in host memory and has the shape that `spec` needs, and that the optional ones are there exactly when
+    /// `spec` asks.
     ///
     /// # Errors
     /// `InvalidInput`, naming the tensor as block files do, what was found and what is needed.
     pub fn check(&self, spec: &BlockSpec) -> Result<()> {
         let s = Shapes::of(spec);
-        check_shape("q_proj.weight", &self.q_weight, "[H·D, E]", &[s.q, s.e])?;
-        check_shape("k_proj.weight", &self.k_weight, "[G·D, E]", &[s.kv, s.e])?;
-        check_shape("v_proj.weight", &self.v_weight, "[G·D, E]", &[s.kv, s.e])?;
-        check_shape("o_proj.weight", &self.o_weight, "[E, H·D]", &[s.e, s.q])?;
+        check_tensor("q_proj.weight", &self.q_weight, "[H·D, E]", &[s.q, s.e])?;
+        check_tensor("k_proj.weight", &self.k_weight, "[G·D, E]", &[s.kv, s.e])?;
+        check_tensor("v_proj.weight", &self.v_weight, "[G·D, E]", &[s.kv, s.e])?;
+        check_tensor("o_proj.weight", &self.o_weight, "[E, H·D]", &[s.e, s.q])?;
         let (b, qk, a) = (&spec.biases, spec.qk_norm.is_some(), &spec.attention);
         for (name, tensor, asked, letters, n) in [
             ("q_proj.bias", &self.q_bias, b.q, "[H·D]", s.q),
@@ -120,7 +122,7 @@ impl<'a> BlockWeights<'a> {
             ("alibi_slopes", &self.alibi_slopes, a.alibi, "[H]", s.h),
         ] {
             match (tensor, asked) {
-                (Some(t), true) => check_shape(name, t, letters, &[n])?,
+                (Some(t), true) => check_tensor(name, t, letters, &[n])?,
                 (None, false) => {}
                 (None, true) => {
                     return Err(Error::invalid(format!(
@@ -152,7 +154,11 @@ impl Shapes {
     }
 }
 
-fn check_shape(name: &str, tensor: &TensorRef<'_>, letters: &str, needed: &[usize]) -> Result<()> {
+/// Checks a tensor that is read when a block is built, which is done on the host.
+fn check_tensor(name: &str, tensor: &TensorRef<'_>, letters: &str, needed: &[usize]) -> Result<()> {
+    if !tensor.storage().is_host() {
+        return Err(Error::invalid(format!("the tensor '{name}' lies on a device; weights are packed from host memory")));
+    }
     if tensor.shape() == needed {
         return Ok(());
     }

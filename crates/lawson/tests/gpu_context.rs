@@ -1,11 +1,12 @@
 //! Contexts of a GPU that threads and streams share. Run by hand where there is one:
 //! `cargo test --release -p lawson --test gpu_context -- --ignored --test-threads 1`.
 
-use std::thread;
+use std::{ffi::c_void, ptr, thread};
 
 use lawson::{
-    Args, AttentionBlock, Batch, BlockProblem, BlockWeights, Context, ContextOptions, DType, Device, DeviceTensor, KvCache,
-    Level, PagePool, Tensor,
+    Args, AttentionBlock, AttentionProblem, Batch, BlockProblem, BlockWeights, Context, ContextOptions, DType, Device,
+    DeviceTensor, ErrorKind, KvCache, Level, PagePool, Tensor, TensorRef,
+    ops::{self, AttentionArgs},
 };
 use lawson_testkit::{
     inputs::{Sharpness, data_for},
@@ -129,9 +130,131 @@ fn work_goes_through_the_callers_stream() {
     graph.replay().expect("a replay");
     context.synchronize().expect("done");
     // SAFETY: null is the default stream; nothing is captured in it.
-    let default = unsafe { Context::with_cuda_stream(OPTIONS, std::ptr::null_mut()) }.expect("the default stream");
+    let default = unsafe { Context::with_cuda_stream(OPTIONS, ptr::null_mut()) }.expect("the default stream");
     let in_default = block(&default, &p);
     assert!(generate(&in_default, &mut contiguous(&in_default, 2), 1) == want);
+}
+
+/// A tensor of `owner`, in bf16.
+fn owned(owner: &Context, values: &[f32], shape: &[usize]) -> DeviceTensor {
+    let tensor = Tensor::from_f32(values, DType::BF16, shape).expect("a tensor");
+    DeviceTensor::upload(owner, &tensor.as_ref()).expect("on the GPU")
+}
+
+/// The memory of `owner` as a tensor of `context` that does not own it.
+fn borrowed(context: &Context, owner: &DeviceTensor) -> DeviceTensor {
+    let (at, dtype) = (owner.buffer().ptr() as *mut c_void, owner.as_ref().dtype());
+    // SAFETY: every owner in these tests outlives what is enqueued, in the one stream that both contexts work in.
+    unsafe { DeviceTensor::from_raw_parts(context, at, dtype, owner.shape()) }.expect("a borrowed tensor")
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn tensors_that_the_caller_owns_are_used_where_they_lie() {
+    let (owner, p) = (gpu(), problem("block b=2 s=70 past=0 e=256 h=8/2 d=64 causal rope=half residual bf16"));
+    let device = owner.gpu().expect("a GPU").device();
+    // SAFETY: `owner` keeps its stream to the end of the test, and enqueues nothing while the other captures.
+    let context = unsafe { Context::with_cuda_stream(OPTIONS, device.stream()) }.expect("a context");
+    let (block, batch) = (block(&context, &p), Batch::uniform(2, 70).expect("a batch"));
+    let (x, mut y) = (on_device(&block, &input(&block, 5, 140)), on_device(&block, &input(&block, 0, 140)));
+    let (their_x, their_y) =
+        (owned(&owner, &x.to_f32().expect("x"), &[140, 256]), owned(&owner, &[f32::NAN; 140 * 256], &[140, 256]));
+    let before = context.gpu().expect("a GPU").device().usage();
+    let (our_x, mut our_y) = (borrowed(&context, &their_x), borrowed(&context, &their_y));
+    assert_eq!(context.gpu().expect("a GPU").device().usage(), before, "borrowed memory is not ours");
+    for level in Level::ALL {
+        let block = block.at(Some(level));
+        let (mut here, mut there) = (contiguous(&block, 2), contiguous(&block, 2));
+        let args = Args { x: x.as_ref(), batch: &batch, mask: None, cache: here.layer(0), y: y.as_mut() };
+        block.forward(args).expect("a call over tensors of the context");
+        our_y.poison().expect("NaN");
+        let args = Args { x: our_x.as_ref(), batch: &batch, mask: None, cache: there.layer(0), y: our_y.as_mut() };
+        block.forward(args).expect("a call over the caller's tensors");
+        let (want, got) = (y.to_f32().expect("y"), their_y.to_f32().expect("y"));
+        assert!(want == got && want.iter().all(|v| v.is_finite()), "{level}");
+    }
+    let mut graph = block.capture(our_x, batch, contiguous(&block, 2), 0, our_y).expect("a graph");
+    let want = graph.y().to_f32().expect("y");
+    graph.poison_y().expect("NaN");
+    graph.replay().expect("a replay");
+    assert!(their_y.to_f32().expect("y") == want, "a replay writes there too");
+    drop(graph);
+    let after = DeviceTensor::nans(&context, DType::BF16, &[140, 256]).expect("a tensor");
+    assert!([&their_x, &their_y].iter().all(|t| t.buffer().ptr() != after.buffer().ptr()), "borrowed memory joins no pool");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_reads_the_keys_and_values_of_other_libraries() {
+    let owner = gpu();
+    // SAFETY: `owner` keeps its stream to the end of the test; nothing is captured.
+    let context = unsafe { Context::with_cuda_stream(OPTIONS, owner.gpu().expect("a GPU").device().stream()) };
+    let context = context.expect("a context");
+    // [B, L, G, D] is seen as [B, G, L, D].
+    let problem: AttentionProblem = "attention b=2 s=3 past=57 h=8/2 d=64 causal bf16".parse().expect("a problem");
+    let (b, g, l, d) = (2, 2, 60, 64);
+    let mut rng = Rng::new(4);
+    let q = owned(&owner, &rng.normals(2 * 3 * 8 * d, 1.0), &[6, 8, d]);
+    let rows: [Vec<f32>; 2] = [0, 1].map(|_| rng.normals(b * g * l * d, 1.0));
+    let by_row = |values: &[f32]| {
+        let at = |i: usize| (((i / (g * l * d) * g + i / d % g) * l + i / (g * d) % l) * d) + i % d;
+        (0..values.len()).map(|i| values[at(i)]).collect::<Vec<f32>>()
+    };
+    let run = |kv: [TensorRef<'_>; 2]| {
+        let out = owned(&owner, &vec![f32::NAN; 2 * 3 * 8 * d], &[6, 8, d]);
+        let (q, mut to) = (borrowed(&context, &q), borrowed(&context, &out));
+        let [k, v] = kv;
+        let (spec, lengths) = (&problem.spec, &problem.batch);
+        let (q, to) = (q.as_ref(), to.as_mut());
+        let args = AttentionArgs { spec, lengths, q, k, v, mask: None, sinks: None, slopes: None, out: to, lse: None };
+        ops::attention(&context, args).expect("a call");
+        out.to_f32().expect("the result")
+    };
+    let heads = [0, 1].map(|i| owned(&owner, &rows[i], &[b, g, l, d]));
+    let tokens = [0, 1].map(|i| owned(&owner, &by_row(&rows[i]), &[b, l, g, d]));
+    let (heads, tokens) = (heads.each_ref().map(|t| borrowed(&context, t)), tokens.each_ref().map(|t| borrowed(&context, t)));
+    let [k, v] = tokens
+        .each_ref()
+        .map(|t| TensorRef::strided(t.as_ref().storage(), &[b, g, l, d], &[l * g * d, d, g * d, 1]).expect("a view"));
+    let (want, got) = (run(heads.each_ref().map(DeviceTensor::as_ref)), run([k, v]));
+    assert!(want == got && want.iter().all(|v| v.is_finite()));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_that_is_not_the_gpus_is_refused() {
+    let context = gpu();
+    let device = context.gpu().expect("a GPU").device();
+    let ours = DeviceTensor::nans(&context, DType::F32, &[4, 64]).expect("a tensor");
+    let (at, host) = (ours.buffer().ptr() as usize, vec![0u128; 64]);
+    // SAFETY: what is accepted is not used.
+    let borrow = |at: usize, shape: &[usize]| unsafe {
+        DeviceTensor::from_raw_parts(&context, at as *mut c_void, DType::F32, shape).map(drop)
+    };
+    let refused = |at: usize, shape: &[usize], why: &str| {
+        let error = borrow(at, shape).expect_err(why);
+        println!("{error}");
+        assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains(why), "{error}");
+    };
+    borrow(at, &[4, 64]).expect("all of it");
+    borrow(at + 256, &[3, 64]).expect("some of its rows");
+    borrow(0, &[0, 64]).expect("nothing, which has no address");
+    refused(0, &[4, 64], "no memory of a GPU at 0x0");
+    refused(at + 4, &[1, 64], "not a multiple of 16");
+    refused(host.as_ptr() as usize, &[4, 64], &format!("for cuda:{}", device.info().ordinal));
+    refused(at, &[1 << 40], "no memory of a GPU at");
+    refused(at, &[1, 1, 1, 1, 4], "cannot be made");
+    refused(usize::MAX - 15, &[4, 64], "no address space");
+    for other in 1..lawson::cuda::devices().expect("GPUs").len() {
+        let other = Context::new(ContextOptions { device: Device::Cuda(other), ..OPTIONS }).expect("another GPU");
+        let theirs = DeviceTensor::nans(&other, DType::F32, &[4, 64]).expect("a tensor");
+        refused(theirs.buffer().ptr() as usize, &[4, 64], "is memory of cuda:");
+    }
+    let weights = problem("block b=1 s=1 e=64 h=1/1 d=64 causal bf16");
+    let square = DeviceTensor::nans(&context, DType::F32, &[64, 64]).expect("a tensor");
+    let [q, k, v, o] = [square.as_ref(); 4];
+    let error = AttentionBlock::builder(weights.spec, BlockWeights::new(q, k, v, o)).build(&context).err().expect("no weights");
+    assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("'q_proj.weight' lies on a device"), "{error}");
 }
 
 #[test]

@@ -530,5 +530,7 @@ fn what_only_a_gpu_does_is_refused_elsewhere() {
     };
     unavailable(rope_append(&context, args).err());
     unavailable(DeviceTensor::nans(&context, DType::F32, &[2]).err());
+    // SAFETY: nothing is at null, and nothing is made of it.
+    unavailable(unsafe { DeviceTensor::from_raw_parts(&context, std::ptr::null_mut(), DType::F32, &[2]) }.err());
     assert!(context.flush_cache().is_ok());
 }

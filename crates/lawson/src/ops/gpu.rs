@@ -107,7 +107,9 @@ pub fn replay_timed(context: &Context, operation: Operation<'_>, replays: Replay
             }
             let (x, to) = (Input::new(gpu, "x", &x)?, Output::new(gpu, "out", &mut out)?);
             let products: Vec<_> = if fused {
-                vec![(Matmul::projection(tokens, n, w.k, w.dtype), Matrices::new(x.address, w.buffer.ptr(), to.address))]
+                let whole = Matmul::projection(tokens, n, w.k, w.dtype);
+                let alignment = whole.alignment.min(1 << (x.address | to.address).trailing_zeros());
+                vec![(Matmul { alignment, ..whole }, Matrices::new(x.address, w.buffer.ptr(), to.address))]
             } else {
                 (0..3)
                     .map(|part| w.product(part, tokens, n, x.address, to.address + w.first(part) * w.dtype.size() as u64))
