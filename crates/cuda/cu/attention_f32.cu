@@ -86,13 +86,13 @@ __device__ __forceinline__ void load_row(const typename Element<DT>::T* row, int
 }
 
 // What a row's state (maximum in base 2, sum) becomes at its end: the factor of the weighted values and the log-sum-exp. The sink enters
-// the sum here; a query that sees no key gives 0; NaN stays NaN.
+// the sum here; a query that sees no key gives 0, and the sink's logit for its log-sum-exp; NaN stays NaN.
 struct Finish {
     float factor, lse;
     __device__ __forceinline__ Finish(float top, float sum, const float* sink) {
         if (sum == 0.0f) {
             factor = 0.0f;
-            lse = NEG_INF;
+            lse = sink ? __ldg(sink) : NEG_INF;
             return;
         }
         const float logit = sink ? __ldg(sink) * LOG2E : NEG_INF, both = fmaxf(top, logit), shrink = exp2_approx(top - both);

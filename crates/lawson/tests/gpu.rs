@@ -285,8 +285,8 @@ fn attention_by_itself_is_right_at_both_levels_and_as_a_graph() {
         let kv_len = batch.sequences() * spec.kv_dim() * rows;
         let (q, k, v) = (numbers(batch.tokens() * spec.q_dim(), 2.0), numbers(kv_len, 2.0), numbers(kv_len, 1.0));
         let input = AttentionInput { q: &q, k: &k, v: &v, rows, mask: None, sinks: None, slopes: None };
-        let want = oracle::attention(&problem, &input).expect("an answer").0;
-        let honest = oracle::attention_rounded(&problem, &input).expect("an answer").0;
+        let (want, want_lse) = oracle::attention(&problem, &input).expect("an answer");
+        let (honest, honest_lse) = oracle::attention_rounded(&problem, &input).expect("an answer");
         let policy = if dtype == DType::F32 { Policy::Relative(5e-6) } else { Policy::Within2x { reference: &honest, dtype } };
         let (shape, kv_shape) =
             ([batch.tokens(), spec.heads, spec.head_dim], [batch.sequences(), spec.kv_heads, rows, spec.head_dim]);
@@ -299,6 +299,15 @@ fn attention_by_itself_is_right_at_both_levels_and_as_a_graph() {
         let mut out = nans(&context, dtype, &shape);
         ops::attention(&context, attention_args(&problem, inputs, &mut out)).expect("a call");
         check(policy, &out.to_f32().expect("out"), &want, spec.head_dim, line);
+        let mut lse = nans(&context, DType::F32, &shape[..2]);
+        let args = attention_args(&problem, inputs, &mut out);
+        ops::attention(&context, AttentionArgs { lse: Some(lse.as_mut()), ..args }).expect("a call");
+        let policy_of_lse = if dtype == DType::F32 { policy } else { Policy::Within2x { reference: &honest_lse, dtype } };
+        check(policy_of_lse, &lse.to_f32().expect("lse"), &want_lse, spec.heads, &format!("{line}: log-sum-exp"));
+        let args = AttentionArgs { lse: Some(lse.as_mut()), ..attention_args(&problem, inputs, &mut out) };
+        let operation = Operation::Attention(Box::new(args), Level::Unfused);
+        let error = ops::replay_timed(&context, operation, Replays::Warm(1)).expect_err("scores in memory have no such sum");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
         for (level, replays) in
             [(Level::Unfused, Replays::Warm(3)), (Level::Maximal, Replays::Warm(3)), (Level::Maximal, Replays::Cold(3))]
         {

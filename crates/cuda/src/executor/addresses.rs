@@ -274,7 +274,7 @@ impl Run<'_> {
             q_stride: q_stride as i64,
             out: self.attended()?,
             out_stride: a.q_dim() as i64,
-            lse: 0,
+            lse: o.lse,
             starts: self.starts,
             past: self.past,
             sinks: self.optional(&o.weights.sinks),

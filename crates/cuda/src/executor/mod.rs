@@ -46,6 +46,8 @@ pub struct Operands<'a> {
     pub x: u64,
     /// [T, E].
     pub y: u64,
+    /// The log-sum-exp of attention in tiles, [T, H] f32; 0 where it is not wanted.
+    pub lse: u64,
     /// New tokens of each sequence: the plan's.
     pub new: &'a [usize],
     /// Past rows of each sequence: at most the plan's.
@@ -74,7 +76,7 @@ pub(crate) struct State {
     counters: Option<Arc<DeviceBuffer>>,
     lengths: Option<Arc<Lengths>>,
     frequencies: Vec<(Vec<f64>, Arc<DeviceBuffer>)>,
-    prepared: Vec<(u64, Cache, Arc<[Ready]>)>,
+    prepared: Vec<(u64, Cache, bool, Arc<[Ready]>)>,
 }
 
 /// starts [B + 1] and past `[B]` on the device, and what stands there.
@@ -186,21 +188,21 @@ impl Gpu {
         operands: &Operands<'_>,
         monitor: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let (id, layout) = (plan.id(), Cache { k: 0, v: 0, table: 0, ..operands.cache });
-        let ready = match state.prepared.iter().find(|p| (p.0, p.1) == (id, layout)) {
-            Some((_, _, ready)) => Arc::clone(ready),
+        let (id, layout, lse) = (plan.id(), Cache { k: 0, v: 0, table: 0, ..operands.cache }, operands.lse != 0);
+        let ready = match state.prepared.iter().find(|p| (p.0, p.1, p.2) == (id, layout, lse)) {
+            Some((.., ready)) => Arc::clone(ready),
             None => {
-                let ready = self.prepare(plan, &layout)?;
+                let ready = self.prepare(plan, &layout, lse)?;
                 if state.prepared.len() == KEPT {
                     state.prepared.remove(0);
                 }
-                state.prepared.push((id, layout, Arc::clone(&ready)));
+                state.prepared.push((id, layout, lse, Arc::clone(&ready)));
                 ready
             }
         };
         let what = format_args!("{} at level {}", plan.problem, plan.level);
         let workspace = self.workspace(state, plan.workspace_bytes, &what)?;
-        let sizes = Sizes::new(plan, &layout, self.device.info().multiprocessors as usize);
+        let sizes = Sizes::new(plan, &layout, lse, self.device.info().multiprocessors as usize);
         let counters = plan.steps().map(|s| if let Op::Attention(t) = &s.op { sizes.attention(t).counters() } else { 0 });
         let counters = counters.max().unwrap_or(0) * 4;
         if state.counters.as_ref().is_none_or(|c| c.bytes() < counters) {

@@ -52,11 +52,13 @@ pub(super) struct Sizes<'a> {
     pub gathers: bool,
     /// Whether the copy engine can read the cache.
     copied: bool,
+    /// Whether attention gives the log-sum-exp too.
+    lse: bool,
     multiprocessors: usize,
 }
 
 impl<'a> Sizes<'a> {
-    pub fn new(plan: &'a BlockPlan, cache: &Cache, multiprocessors: usize) -> Self {
+    pub fn new(plan: &'a BlockPlan, cache: &Cache, lse: bool, multiprocessors: usize) -> Self {
         let batch = &plan.problem.batch;
         let rows = batch.max_len();
         let scores_stride = rows.next_multiple_of(8);
@@ -73,6 +75,7 @@ impl<'a> Sizes<'a> {
             columns: if masks { scores_stride } else { rows },
             gathers: plan.steps().any(|s| s.op == Op::Gather),
             copied: strides.iter().all(|&s| s > 0 && s % 8 == 0),
+            lse,
             multiprocessors,
         }
     }
@@ -138,6 +141,7 @@ impl<'a> Sizes<'a> {
             new: self.new,
             rows: self.rows,
             mask: p.mask.is_some(),
+            lse: self.lse,
             decode: t.query_tile == 0,
             splits: t.split.map_or(1, |s| self.rows.div_ceil(s)),
             shares: t.shares.unwrap_or(1),
@@ -254,7 +258,7 @@ impl<'a> Sizes<'a> {
 
 impl Gpu {
     /// Compiles the kernels of a plan and plans its products.
-    pub(super) fn prepare(&self, plan: &BlockPlan, cache: &Cache) -> Result<Arc<[Ready]>> {
+    pub(super) fn prepare(&self, plan: &BlockPlan, cache: &Cache, lse: bool) -> Result<Arc<[Ready]>> {
         let info = self.device.info();
         let (batch, a) = (&plan.problem.batch, &plan.problem.spec.attention);
         // Blocks along the second and third dimension of a grid.
@@ -266,7 +270,7 @@ impl Gpu {
         if let Some((what, n)) = limits.into_iter().find(|l| l.1 > MOST_BLOCKS) {
             return Err(Error::invalid(format!("{}: {n} {what} are more than a GPU's {MOST_BLOCKS}", plan.problem)));
         }
-        let s = Sizes::new(plan, cache, info.multiprocessors as usize);
+        let s = Sizes::new(plan, cache, lse, info.multiprocessors as usize);
         let instances: Vec<Vec<Instance>> = plan.steps().map(|step| s.instances(&step.op, &self.device)).collect();
         let mut modules = self.jit.load(&instances.concat())?.into_iter();
         let p = &plan.problem;

@@ -71,6 +71,8 @@ pub struct Shape {
     pub rows: usize,
     /// Whether there is an arbitrary mask.
     pub mask: bool,
+    /// Whether the log-sum-exp is wanted.
+    pub lse: bool,
     /// Whether the decode kernel is asked for.
     pub decode: bool,
     /// Parts that keys are split into in f32, at least 1.
@@ -210,8 +212,14 @@ impl Shape {
         PADDED.into_iter().find(|&d| d >= self.spec.head_dim).unwrap_or(256)
     }
 
-    fn score_features(&self) -> i64 {
-        i64::from(self.spec.softcap.is_some() || self.spec.alibi || self.mask || self.spec.scale() < 0.0)
+    /// Whether scores take more than a positive scale.
+    fn score_rules(&self) -> bool {
+        self.spec.softcap.is_some() || self.spec.alibi || self.mask || self.spec.scale() < 0.0
+    }
+
+    /// As the prefill kernels are compiled: what has no rules to apply does not write the log-sum-exp either.
+    fn score_features(&self) -> bool {
+        self.score_rules() || self.lse
     }
 
     fn row_tiles(&self) -> usize {
@@ -248,15 +256,16 @@ impl Shape {
             ];
             return Instance::new(&ATTENTION_F32, &macros);
         }
-        let mut macros = vec![
-            ("DTYPE", geometry::code(self.dtype)),
-            ("HEAD_DIM_PADDED", self.padded() as i64),
-            ("SCORE_FEATURES", self.score_features()),
-        ];
+        let macros = |features: bool| {
+            let (dtype, padded) = (geometry::code(self.dtype), self.padded() as i64);
+            vec![("DTYPE", dtype), ("HEAD_DIM_PADDED", padded), ("SCORE_FEATURES", i64::from(features))]
+        };
         if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
+            let mut macros = macros(self.score_rules());
             macros.extend([("WARPS", own.warps as i64), ("STAGES", own.stages as i64)]);
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
+        let mut macros = macros(self.score_features());
         if hopper && self.copied && self.hopper_tiles().is_some() {
             return Instance::new(&ATTENTION_PREFILL_SM90, &macros);
         }
@@ -289,7 +298,7 @@ impl Shape {
     fn hopper_tiles(&self) -> Option<HopperTiles> {
         let p = self.padded();
         let (rows, keys) = match p {
-            64 if self.score_features() != 0 => (192, 64),
+            64 if self.score_features() => (192, 64),
             64 => (192, 128),
             128 => (128, 128),
             256 => (128, 64),
@@ -301,7 +310,7 @@ impl Shape {
 
     /// Tiles of the prefill kernel where a block can have `shared` bytes: two stages where two such blocks fit a multiprocessor.
     fn prefill_tiles(&self, shared: u32) -> PrefillTiles {
-        let (p, features) = (self.padded(), self.score_features() != 0);
+        let (p, features) = (self.padded(), self.score_features());
         let rows = if p <= 128 { 128 } else { 64 };
         let usual = match p {
             ..=64 if !features => 128,
@@ -571,23 +580,21 @@ mod tests {
             for head_dim in 1..=256 {
                 for softcap in [None, lawson_core::problem::Real::new(1.0)] {
                     let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
-                    let (dtype, kv_dtype, paged, mask, decode) = (DType::BF16, DType::BF16, false, false, true);
-                    let (sequences, tokens, new, rows, splits, shares) = (1, 1, 1, 1, 1, 1);
-                    let copied = true;
                     let shape = Shape {
                         spec,
-                        dtype,
-                        kv_dtype,
-                        paged,
-                        copied,
-                        sequences,
-                        tokens,
-                        new,
-                        rows,
-                        mask,
-                        decode,
-                        splits,
-                        shares,
+                        dtype: DType::BF16,
+                        kv_dtype: DType::BF16,
+                        paged: false,
+                        copied: true,
+                        sequences: 1,
+                        tokens: 1,
+                        new: 1,
+                        rows: 1,
+                        mask: false,
+                        lse: false,
+                        decode: true,
+                        splits: 1,
+                        shares: 1,
                     };
                     let tiles = shape.prefill_tiles(shared);
                     assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);

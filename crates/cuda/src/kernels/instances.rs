@@ -69,6 +69,7 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
         new,
         rows: new,
         mask: false,
+        lse: false,
         decode: false,
         splits: 1,
         shares: 1,

@@ -216,8 +216,8 @@ pub(super) fn attention(
     level: Level,
     replays: Option<Replays>,
 ) -> Result<f64> {
-    if args.lse.is_some() {
-        return Err(Error::new(ErrorKind::Unavailable, "the log-sum-exp of attention by itself is the CPU's alone"));
+    if args.lse.is_some() && level <= Level::Minimal {
+        return Err(Error::invalid(format!("the log-sum-exp comes from attention in tiles, not at level {level}")));
     }
     let (a, strides) = (&problem.spec, args.k.strides());
     if level <= Level::Minimal && strides[0] != a.kv_heads * strides[1] && args.lengths.sequences() > 1 {
@@ -236,10 +236,12 @@ pub(super) fn attention(
     let mask = args.mask.map(|m| Ok::<_, Error>((device.upload(m.data())?, m.rows()))).transpose()?;
     let (q, k, v) = (Input::new(gpu, "q", &args.q)?, Input::new(gpu, "k", &args.k)?, Input::new(gpu, "v", &args.v)?);
     let out = Output::new(gpu, "out", &mut args.out)?;
+    let lse = args.lse.as_mut().map(|t| Output::new(gpu, "lse", t)).transpose()?;
     let operands = Operands {
         weights: &weights,
         x: q.address,
         y: out.address,
+        lse: lse.as_ref().map_or(0, |lse| lse.address),
         new: args.lengths.new_tokens(),
         past: args.lengths.past(),
         cache: Cache {
@@ -263,6 +265,9 @@ pub(super) fn attention(
     // uploaded goes back to the pool, whose next user comes behind this call in the stream.
     let seconds = unsafe { run(gpu, &Operator::Attention(&plan, operands), replays)? };
     out.finish(&mut args.out)?;
+    if let (Some(lse), Some(to)) = (lse, &mut args.lse) {
+        lse.finish(to)?;
+    }
     Ok(seconds)
 }
 

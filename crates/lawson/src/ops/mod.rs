@@ -45,8 +45,8 @@ pub struct AttentionArgs<'a> {
     pub slopes: Option<&'a [f32]>,
     /// Result, `[T, H, D]`, in q's dtype.
     pub out: TensorMut<'a>,
-    /// Natural log-sum-exp of each row's scores, `[T, H]`; −∞ for a row that sees no key and has no sink. The CPU alone gives it.
-    pub lse: Option<&'a mut [f32]>,
+    /// Natural log-sum-exp of each row's scores, the sink among them, `[T, H]` in f32; −∞ for a row that sees no key and has no sink.
+    pub lse: Option<TensorMut<'a>>,
 }
 
 fn shape_error(name: &str, t: &TensorRef<'_>, needed: &str) -> Error {
@@ -109,9 +109,9 @@ fn check_attention(args: &AttentionArgs<'_>) -> Result<AttentionProblem> {
         }
     }
     if let Some(lse) = &args.lse
-        && lse.len() != tokens * s.heads
+        && (lse.shape() != [tokens, s.heads] || lse.dtype() != DType::F32)
     {
-        return Err(Error::invalid(format!("lse has {} elements, needed [{tokens}, {}]", lse.len(), s.heads)));
+        return Err(shape_error("lse", &lse.as_ref(), &format!("[{tokens}, {}] in f32", s.heads)));
     }
     let mask = args.mask.map(|m| m.check(b, s.heads, lengths.max_new(), longest)).transpose()?;
     Ok(AttentionProblem { mask, ..problem })
@@ -128,6 +128,7 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
         return gpu::attention(context, gpu, args, problem, Level::Maximal, None).map(drop);
     }
     on_host(&[("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out.as_ref())])?;
+    args.lse.iter().try_for_each(|lse| on_host(&[("lse", lse.as_ref())]))?;
     let (s, lengths) = (args.spec, args.lengths);
     let (tokens, longest) = (lengths.tokens(), lengths.max_len());
     let strides = args.k.strides();
@@ -144,7 +145,7 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
             row_stride: strides[2],
         },
         out: rows_mut(&mut args.out, s.q_dim()),
-        lse: args.lse.map(<[f32]>::as_mut_ptr),
+        lse: args.lse.as_mut().map(|lse| lse.storage_mut().as_mut_ptr().cast()),
         mask: args.mask.map(|m| m.rows()),
         sinks: args.sinks.map(<[f32]>::as_ptr),
         slopes: args.slopes.map(<[f32]>::as_ptr),
