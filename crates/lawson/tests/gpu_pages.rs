@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use lawson::{
     Args, AttentionBlock, Batch, BlockProblem, BlockWeights, Context, ContextOptions, DType, Device, DeviceTensor, ErrorKind,
-    KvCache, Level, PagePool, Tensor, compute,
+    KvCache, Level, PagePool, RopeSpec, Tensor, compute,
+    ops::{self, RopeAppendArgs},
 };
 use lawson_testkit::{
     cases,
@@ -254,6 +255,58 @@ fn caches_share_a_pool_and_a_call_that_fails_changes_nothing() {
     assert!(step(&block, &problem, &mut first, &[40], 4) == step(&block, &problem, &mut copy, &[40], 4));
     drop((first, second, copy));
     assert_eq!(pool.free_pages(), 6);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn rope_with_the_append_writes_pages_as_it_does_contiguous_rows() {
+    let context = gpu();
+    for (dtype, page_size) in [(DType::BF16, 32), (DType::F16, 64), (DType::F32, 128)] {
+        let problem = problem(&format!("block b=3 s=1 e=256 h=8/2 d=64 causal {dtype}"));
+        let a = &problem.spec.attention;
+        let pool = shuffled(&context, &problem, 3 * 300usize.div_ceil(page_size), page_size, 6);
+        let mut pages = KvCache::paged(&pool, 3, 300).expect("a cache");
+        let mut rows = KvCache::new(&context, a, LAYERS, 3, 300, dtype).expect("a cache");
+        let spec = RopeSpec::new(10000.0);
+        // Rows within a page, over several and over the end of one.
+        for (t, new) in (0..).zip([vec![5, 130, 33], vec![1, 1, 1], vec![90, 31, 64], vec![1, 1, 1]]) {
+            let batch = Batch::ragged(new).expect("a batch");
+            let width = a.qkv_dim();
+            let values = Rng::new(30 + t).normals(batch.tokens() * width, 1.0);
+            let qkv = Tensor::from_f32(&values, dtype, &[batch.tokens(), width]).expect("qkv");
+            let qkv = DeviceTensor::upload(&context, &qkv.as_ref()).expect("on the GPU");
+            let qs = [&mut rows, &mut pages].map(|cache| {
+                let mut q = DeviceTensor::nans(&context, dtype, &[batch.tokens(), a.heads, a.head_dim]).expect("q");
+                let cache_rows = cache.layer(LAYERS - 1);
+                let (qkv, to) = (qkv.as_ref(), q.as_mut());
+                let args = RopeAppendArgs { qkv, batch: &batch, spec: &spec, q: to, cache: cache_rows };
+                ops::rope_append(&context, args).expect("a call");
+                cache.commit(&batch).expect("room");
+                q.to_f32().expect("q")
+            });
+            assert!(qs[0].iter().all(|v| v.is_finite()) && bits(&qs[0]) == bits(&qs[1]), "{dtype}, call {t}: q");
+            assert_eq!(pages.lengths(), rows.lengths());
+            let taken: usize = pages.lengths().iter().map(|len| len.div_ceil(page_size)).sum();
+            assert_eq!(pool.free_pages(), pool.pages() - taken, "{dtype}, call {t}");
+            for (b, &len) in rows.lengths().iter().enumerate() {
+                let [want, got] = [&rows, &pages].map(|cache| cache.export(LAYERS - 1, b, len).expect("rows"));
+                assert!(want.0.iter().chain(&want.1).all(|v| v.is_finite()), "{dtype}, call {t}: every row is written");
+                assert!(bits(&want.0) == bits(&got.0) && bits(&want.1) == bits(&got.1), "{dtype}, call {t}, sequence {b}");
+            }
+        }
+    }
+    // Where the pool has too few pages nothing is taken.
+    let problem = problem("block b=1 s=1 e=256 h=8/2 d=64 causal bf16");
+    let a = &problem.spec.attention;
+    let pool = PagePool::new(&context, a, 1, 1, 32, DType::BF16).expect("a pool");
+    let mut cache = KvCache::paged(&pool, 1, 64).expect("a cache");
+    let batch = Batch::uniform(1, 33).expect("a batch");
+    let qkv = DeviceTensor::nans(&context, DType::BF16, &[33, a.qkv_dim()]).expect("qkv");
+    let mut q = DeviceTensor::nans(&context, DType::BF16, &[33, a.heads, a.head_dim]).expect("q");
+    let spec = RopeSpec::new(10000.0);
+    let args = RopeAppendArgs { qkv: qkv.as_ref(), batch: &batch, spec: &spec, q: q.as_mut(), cache: cache.layer(0) };
+    assert_eq!(ops::rope_append(&context, args).unwrap_err().kind(), ErrorKind::OutOfMemory);
+    assert_eq!(pool.free_pages(), 1);
 }
 
 #[test]
