@@ -71,15 +71,15 @@ pub struct RunArgs {
     /// Seed of the random numbers
     #[arg(long, value_name = "N", value_parser = args::whole::<u64>, allow_negative_numbers = true, default_value_t = 0, conflicts_with_all = ["block", "checkpoint"])]
     seed: u64,
-    /// Folder for block.json and in.safetensors. The cache's dtype is not stored: give it again with --kv-dtype when the block file
-    /// is run
+    /// Folder for block.json and in.safetensors, in the compute dtype. The cache's dtype is not stored: give it again with --kv-dtype
+    /// when the block file is run
     #[arg(long, value_name = "DIR", conflicts_with_all = ["block", "checkpoint"])]
     write: Option<PathBuf>,
 
     /// Level of fusion: auto (the planner's choice), unfused, minimal, moderate, maximal
     #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = args::level)]
     fusion: Auto<Level>,
-    /// Compute dtype: auto (that of x), f32, bf16, f16
+    /// Compute dtype: auto (that of x; with --problem, the problem's), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::dtype)]
     dtype: Auto<DType>,
     /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16
@@ -103,7 +103,7 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     args.write.as_deref().map_or(Ok(()), check_folder)?;
     let context = global.context()?;
     let mut result = json!({});
-    let made = args.problem.as_ref().map(|problem| make(problem, args.seed)).transpose()?;
+    let made = args.problem.as_ref().map(|problem| make(args, problem)).transpose()?;
     if let (Some((problem, data)), Some(dir)) = (&made, &args.write) {
         let replaced = BLOCK_FILES.iter().any(|name| dir.join(name).exists());
         write_block_file(dir, problem, data).map_err(|e| e.at("--write"))?;
@@ -118,10 +118,7 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     }
     if let Some(out) = &args.out {
         let (problem, data) = match made {
-            Some((problem, data)) => {
-                let (dtype, kv_dtype) = (args.dtype.0.unwrap_or(problem.dtype), args.kv_dtype.0.unwrap_or(problem.kv_dtype));
-                (BlockProblem { dtype, kv_dtype, ..problem }, data)
-            }
+            Some(made) => made,
             None => read(args)?.into_parts(),
         };
         signals::check()?;
@@ -234,20 +231,27 @@ fn read(args: &RunArgs) -> Result<BlockFile> {
     BlockFile::with_weights(spec, &weights.as_ref(), &TensorFile::open(tensors)?, dtype, kv_dtype)
 }
 
-/// The problem with random numbers.
-fn make(problem: &BlockProblem, seed: u64) -> Result<(BlockProblem, BlockData)> {
+/// The problem, in the dtypes that are asked for, with random numbers.
+fn make(args: &RunArgs, problem: &BlockProblem) -> Result<(BlockProblem, BlockData)> {
+    let (dtype, kv_dtype) = (args.dtype.0.unwrap_or(problem.dtype), args.kv_dtype.0.unwrap_or(problem.kv_dtype));
+    let problem = BlockProblem { dtype, kv_dtype, ..problem.clone() };
     let new = problem.batch.new_tokens();
+    if let (Some(rows), Some(_)) = (problem.page_size, &args.write) {
+        let text = format!("--write: a block file has no pages, and its cache is contiguous: leave page={rows} away");
+        return Err(Error::invalid(text));
+    }
     if let Some(other) = new.iter().find(|&&n| n != new[0]) {
         let what = "--problem: a block file needs the same number of new tokens in every sequence";
         return Err(Error::invalid(format!("{what}, got {} and {other}", new[0])));
     }
     problem.validate().map_err(|e| e.at("--problem"))?;
-    let (needed, memory) = (data_bytes(problem), machine::memory_bytes().unwrap_or(usize::MAX));
+    let (needed, memory) = (data_bytes(&problem), machine::memory_bytes().unwrap_or(usize::MAX));
     if needed > memory as f64 {
         let (needed, memory) = (output::bytes(needed as usize), output::bytes(memory));
         return Err(Error::new(ErrorKind::OutOfMemory, format!("--problem: needs {needed}, but this machine has {memory}")));
     }
-    Ok((problem.clone(), data_for(problem, seed, Sharpness::Ordinary)))
+    let data = data_for(&problem, args.seed, Sharpness::Ordinary);
+    Ok((problem, data))
 }
 
 /// Bytes of a problem's numbers as f32 and, at the same time, as they are stored.

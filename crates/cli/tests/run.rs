@@ -229,8 +229,14 @@ fn dtypes_are_as_asked() {
         assert_eq!(problem.contains("kv=bf16"), dtype != DType::BF16, "{problem}");
         assert_eq!(y, Some(dtype.name().to_uppercase()));
     }
-    let said = json(&line!["run", "--problem", PROBLEM.replace("f32", "f16 kv=bf16"), "--write", &case, "--out", &out]);
-    assert!(said["problem"].as_str().is_some_and(|p| p.ends_with("f16 kv=bf16")), "{said}");
+    // Flags and words of the problem say the same.
+    for (problem, flags) in [("f16 kv=bf16", &[][..]), ("f32", &["--dtype", "f16", "--kv-dtype", "bf16"])] {
+        let line = line!["run", "--problem", PROBLEM.replace("f32", problem), "--write", &case, "--out", &out];
+        let said = json(&line.into_iter().chain(flags.iter().map(OsString::from)).collect::<Vec<_>>());
+        assert!(said["problem"].as_str().is_some_and(|p| p.ends_with("f16 kv=bf16")), "{said}");
+        let [x, y] = [(&tensors, "x"), (&out, "y")].map(|(path, name)| open(path).stored_dtype(name).map(|d| d.to_string()));
+        assert_eq!((x.as_deref(), y.as_deref()), (Some("F16"), Some("F16")), "{problem}");
+    }
 }
 
 #[test]
@@ -471,7 +477,7 @@ fn wrong_flags_are_named() {
 #[test]
 fn wrong_problems_are_named() {
     let dir = folder("problems").join("case");
-    let wrong: [(&str, &[&str]); 7] = [
+    let wrong: [(&str, &[&str]); 8] = [
         ("block b=1 s=4 e=8 h=3/2 d=4 causal f32", &["num_attention_heads (3)"]),
         ("block b=1 s=4 e=8 h=2/2 d=4 causal f64", &["f64"]),
         ("block b=1000000 s=16000000 e=16000000 h=1/1 d=4 causal f32", &["too large"]),
@@ -479,12 +485,17 @@ fn wrong_problems_are_named() {
         ("block b=99999999999999999999999 s=4 e=8 h=1/1 d=4 causal f32", &["b=99999999999999999999999"]),
         ("block b=1 s=4 e=8 h=1/1 d=5 causal rope=half f32", &["rotary_dim", "5"]),
         ("block b=2 s=4,3 e=8 h=1/1 d=4 causal f32", &["same number of new tokens", "4 and 3"]),
+        ("block b=1 s=4 e=8 h=1/1 d=4 causal f32 page=32", &["--write", "page=32"]),
     ];
     for (problem, parts) in wrong {
         refused(&line!["run", "--problem", problem, "--write", &dir], parts);
         assert!(!dir.exists(), "{problem}");
     }
     refused(&line!["run", "--problem", PROBLEM], &["--out", "--write"]);
+    let (paged, out) = (format!("{PROBLEM} page=32"), folder("paged").join("out.safetensors"));
+    let refusal = ["error: only a GPU keeps a cache in pages; on a CPU it is contiguous, without page=\n"];
+    refused(&line!["explain", &paged, "--device", "cpu"], &refusal);
+    refused(&line!["run", "--problem", &paged, "--out", out, "--device", "cpu"], &refusal);
 }
 
 #[test]

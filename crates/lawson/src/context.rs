@@ -132,7 +132,7 @@ impl Context {
             Device::Auto if options.isa.is_some() || std::env::var_os("LAWSON_ISA").is_some() => Ok((None, None)),
             Device::Auto => match open(0) {
                 Ok(gpu) => Ok((Some(gpu), None)),
-                Err(e) => Ok((None, Some(e.to_string()))),
+                Err(e) => Ok((None, Some(all_missing(e).to_string()))),
             },
         })
     }
@@ -341,9 +341,17 @@ impl Call<'_> {
 /// Names the device that cannot be had, and the way around it.
 fn unavailable(e: Error, device: Device) -> Error {
     match e.kind() {
-        ErrorKind::Unavailable => Error::new(e.kind(), format!("device {device}: {e}; device cpu needs none of it")),
+        ErrorKind::Unavailable => {
+            Error::new(e.kind(), format!("device {device}: {}; device cpu needs none of it", all_missing(e)))
+        }
         _ => e.at(format!("device {device}")),
     }
+}
+
+/// `e`, or every library that is missing where one of them is why.
+fn all_missing(e: Error) -> Error {
+    let missing: Vec<String> = lawson_cuda::missing_libraries().iter().map(ToString::to_string).collect();
+    if missing.contains(&e.to_string()) { Error::new(e.kind(), missing.join("; ")) } else { e }
 }
 
 /// Opens a GPU with all that kernels and products need.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use lawson_core::{
     DType, Error, ErrorKind, Result,
-    problem::{AttentionSpec, check_page_size},
+    problem::{AttentionSpec, check_page_size, pages_need_a_gpu},
 };
 use lawson_cuda::DeviceBuffer;
 
@@ -42,12 +42,7 @@ impl PagePool {
         page_size: usize,
         dtype: DType,
     ) -> Result<Self> {
-        let Some(gpu) = context.gpu() else {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                "a cache in pages needs a context of a GPU; a CPU's caches are contiguous",
-            ));
-        };
+        let gpu = context.gpu().ok_or_else(pages_need_a_gpu)?;
         spec.validate()?;
         check_page_size(page_size)?;
         for (what, n) in [("layers", layers), ("pages", pages)] {

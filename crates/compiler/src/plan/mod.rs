@@ -3,10 +3,10 @@
 mod gpu;
 
 use lawson_core::{
-    DType, Error, ErrorKind, Result,
+    DType, Error, Result,
     kernel::{DeviceKind, KernelInfo, KernelOp, MachineProfile},
     plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
-    problem::{AttentionProblem, BlockProblem, Level, RopeLayout},
+    problem::{AttentionProblem, BlockProblem, Level, RopeLayout, pages_need_a_gpu},
 };
 
 use crate::{
@@ -100,10 +100,7 @@ impl Planner<'_> {
     fn draft<'a>(&'a self, problem: &'a BlockProblem, level: Level, steps: impl FnOnce(&mut Draft<'a>)) -> Result<BlockPlan> {
         problem.validate()?;
         if self.machine.kind == DeviceKind::Cpu && problem.page_size.is_some() {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                "only a GPU reads a cache in pages; on a CPU the cache is contiguous (without page=)",
-            ));
+            return Err(pages_need_a_gpu());
         }
         let mut d = Draft {
             planner: self,

@@ -11,7 +11,7 @@ pub use real::Real;
 pub use rope::{RopeFrequencies, RopeLayout, RopeScaling, RopeSpec, Yarn};
 pub use spec::{AttentionSpec, Biases, BlockSpec};
 
-use crate::{DType, Error, Result};
+use crate::{DType, Error, ErrorKind, Result};
 
 /// New tokens and valid past rows of every sequence of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -141,6 +141,12 @@ pub fn check_page_size(rows: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid(format!("a page of {rows} rows; accepted: 32, 64, 128")))
+}
+
+/// What a CPU answers to a cache in pages.
+pub fn pages_need_a_gpu() -> Error {
+    let text = "only a GPU keeps a cache in pages; on a CPU it is contiguous, without page=";
+    Error::new(ErrorKind::Unavailable, text)
 }
 
 /// Most bytes of any one tensor of a problem; keeps every product of sizes within `isize`.
