@@ -240,6 +240,12 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["block", "--past", "-1"], &["--past", "'-1'", "0 or greater"]);
     refuse(&["block", "--threads", "-2"], &["--threads", "'-2'", "1 to 1024"]);
     refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
+    for study in ["softmax", "rope"] {
+        // Neither has a cache, nor a width of x.
+        refuse(&[study, "--batch", "16777216", "--seq", "16777216"], &[study, "available"]);
+        refuse(&[study, "--heads", "16777216", "--seq", "16777216"], &[study, "available"]);
+    }
+    refuse(&["block", "--heads", "16777216"], &["--heads times --head-dim"]);
     for study in ["all", "block", "attention", "softmax", "rope", "qkv", "decode", "throughput", "kernels"] {
         refuse(&[study, "--batch", "4096", "--seq", "65536"], &["available"]);
     }
@@ -367,6 +373,14 @@ fn a_folder_that_cannot_be_written_is_refused() {
     refused(&["bench", "block", "--seq", "8", "--out", &dir.join("file").to_string_lossy()], &["--out", "not a folder"]);
     fs::create_dir_all(dir.join("taken/index.html")).expect("a folder can be made");
     refused(&["bench", "block", "--seq", "8", "--out", &dir.join("taken").to_string_lossy()], &["index.html"]);
+    for name in ["index.html", "results.json"] {
+        let other = dir.join(format!("other-{name}"));
+        fs::create_dir(&other).expect("a folder can be made");
+        fs::write(other.join(name), "<title>Home</title>").expect("a file can be written");
+        refused(&["bench", "softmax", "--seq", "8", "--out", &other.to_string_lossy()], &["--out", name, "did not write"]);
+        let kept = fs::read_to_string(other.join(name)).expect("the file is there");
+        assert_eq!((kept.as_str(), fs::read_dir(&other).expect("the folder is there").count()), ("<title>Home</title>", 1));
+    }
 }
 
 #[cfg(unix)]

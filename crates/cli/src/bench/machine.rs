@@ -40,12 +40,10 @@ pub fn describe(context: &Context) -> Machine {
         l2_bytes: cache(2),
         l3_bytes: cache(3),
         memory_bytes: machine::memory_bytes().map(|n| n as u64),
-        peak_gflops: None,
-        bf16_peak_gflops: None,
-        bandwidth_gbps: None,
         os: Some(system.iter().flat_map(|part| part.split_whitespace()).collect::<Vec<_>>().join(" ")),
         commit: Some(env!("LAWSON_COMMIT").to_owned()),
         date: now(),
+        ..Machine::default()
     }
 }
 

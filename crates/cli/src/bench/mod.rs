@@ -20,7 +20,7 @@ mod verify;
 
 use std::{
     fs,
-    io::IsTerminal,
+    io::{IsTerminal, Read},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -140,8 +140,8 @@ impl ShapeArgs {
         flags.into_iter().filter(|f| f.1).map(|f| f.0).collect()
     }
 
-    /// The shape, when any of it was given.
-    fn shape(&self) -> Result<Option<Shape>> {
+    /// The shape, when any of it was given, for `study`.
+    fn shape(&self, study: Study) -> Result<Option<Shape>> {
         if self.given().is_empty() {
             return Ok(None);
         }
@@ -173,7 +173,7 @@ impl ShapeArgs {
             causal: self.causal.unwrap_or(true),
             rope: true,
         };
-        shape.validate().map(|()| Some(shape))
+        shape.validate(study).map(|()| Some(shape))
     }
 }
 
@@ -206,7 +206,7 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     given.extend((args.neighbours > 0).then_some("--neighbours"));
     let context = global.context()?;
     flags::check(args.study, context.gpu().is_some(), &given, &args.levels)?;
-    let shape = args.shape.shape()?;
+    let shape = args.shape.shape(args.study)?;
     check_writable(&args.out)?;
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),
@@ -217,7 +217,10 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         cases.retain(|case| case.study != Study::Kernels);
         let device = session.context.device();
         if cases.is_empty() {
-            let text = format!("the study kernels runs on the CPU only: --device cpu; every other study runs on {device}");
+            let text = format!(
+                "the study kernels is of the CPU's kernels: --device cpu; on {device} qkv, attention, decode and block have the same kernels \
+                 with their shares of the limit"
+            );
             return Err(Error::new(ErrorKind::Unavailable, text));
         }
         let others: Vec<&str> = session.peers.iter().filter(|k| **k != PeerKind::Torch).map(|k| k.name()).collect();
@@ -241,9 +244,8 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         machine: machine::describe(&session.context),
         results: Vec::new(),
     };
-    let mut study_rows: Vec<Row> = Vec::new();
     let studies = 1 + cases.windows(2).filter(|pair| pair[0].study != pair[1].study).count();
-    let (mut begun, mut shown) = (0, limits);
+    let (mut begun, mut lowest) = (0, limits);
     for (i, case) in cases.iter().enumerate() {
         session.check()?;
         if i == 0 || cases[i - 1].study != case.study {
@@ -254,33 +256,26 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         }
         let case = if shape.is_some() { case.clone() } else { fit::scaled(&session, case.clone())? };
         session.bar.set_message(case.name());
-        study_rows.extend(studies::run(&session, &case)?);
+        results.results.extend(studies::run(&session, &case)?);
         session.bar.inc(1);
         if cases.get(i + 1).is_none_or(|next| next.study != case.study) {
-            limits = limits.max(Limits::measure(&session)?);
-            limits.fill_shares(&mut study_rows);
-            if begun == 1 {
-                shown = limits;
-            }
-            if !global.json {
-                session.bar.suspend(|| output::print(table::text(case.study.name(), &study_rows)))?;
-            }
-            results.results.append(&mut study_rows);
+            let again = Limits::measure(&session)?;
+            (limits, lowest) = (limits.max(again), lowest.min(again));
         }
     }
     session.bar.finish_and_clear();
     session.check()?;
-    // Rows of early studies had limits that later ones may have raised.
+    limits.describe(lowest, &mut results.machine);
     limits.fill_shares(&mut results.results);
-    let (peak, bf16_peak, bandwidth) = (limits.peak_flops * 1e-9, limits.bf16_peak_flops * 1e-9, limits.bandwidth * 1e-9);
-    (results.machine.peak_gflops, results.machine.bf16_peak_gflops) = (Some(peak), Some(bf16_peak));
-    results.machine.bandwidth_gbps = Some(bandwidth);
     if !global.json {
-        let raised = limits != shown;
-        let raised = if raised { "; the report's shares are of these, those above of what was known then" } else { "" };
-        output::print(format!(
-            "measured limits: f32 peak {peak:.1} GFLOP/s, bf16 peak {bf16_peak:.1} GFLOP/s, bandwidth {bandwidth:.1} GB/s{raised}"
-        ))?;
+        // Shares are of limits that the last study may still raise, so no table is printed before it.
+        for rows in results.results.chunk_by(|a, b| a.study == b.study) {
+            output::print(table::text(&rows[0].study, rows))?;
+        }
+        let [peak, bf16_peak] = [limits.peak_flops, limits.bf16_peak_flops].map(|v| report::gflops(v * 1e-9));
+        let bandwidth = limits.bandwidth * 1e-9;
+        output::print(format!("measured limits: f32 peak {peak}, bf16 peak {bf16_peak}, bandwidth {bandwidth:.1} GB/s"))?;
+        report::varied(&results.machine).map_or(Ok(()), output::print)?;
     }
     finish(args, global, &results)
 }
@@ -358,14 +353,27 @@ fn check_writable(folder: &Path) -> Result<()> {
         return Err(Error::invalid(format!("--out {}: it is not a folder, which a report needs", folder.display())));
     }
     fs::create_dir_all(folder).map_err(failed)?;
-    for name in ["results.json", "index.html"] {
+    for (name, mark) in [("results.json", record::MARK), ("index.html", report::MARK)] {
         let path = folder.join(name);
         if path.is_dir() {
             return Err(Error::invalid(format!("--out {}: {name} is a folder there", folder.display())));
         }
+        if path.exists() && !starts_with_mark(&path, mark).map_err(failed)? {
+            let folder = folder.display();
+            return Err(Error::invalid(format!(
+                "--out {folder}: lawson bench did not write the {name} there, which it would replace; accepted: another folder"
+            )));
+        }
     }
     let probe = temporary(&folder.join("results.json"));
     fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)
+}
+
+/// Whether `mark` stands near the start of a file.
+fn starts_with_mark(path: &Path, mark: &str) -> std::io::Result<bool> {
+    let mut start = Vec::new();
+    fs::File::open(path)?.take(1024).read_to_end(&mut start)?;
+    Ok(String::from_utf8_lossy(&start).contains(mark))
 }
 
 fn temporary(path: &Path) -> PathBuf {

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Stands near the start of every `results.json`.
+pub const MARK: &str = "\"lawson\":";
+
 /// One benchmark run: the whole of `results.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -36,12 +39,18 @@ pub struct Machine {
     pub l3_bytes: Option<u64>,
     /// Main memory, a GPU's own, bytes.
     pub memory_bytes: Option<u64>,
-    /// Measured f32 peak of all threads, GFLOP/s.
+    /// Measured f32 peak of all threads, GFLOP/s: the greatest of the run.
     pub peak_gflops: Option<f64>,
     /// Measured bf16 peak of all threads, GFLOP/s.
     pub bf16_peak_gflops: Option<f64>,
     /// Measured memory bandwidth of all threads, GB/s.
     pub bandwidth_gbps: Option<f64>,
+    /// The least f32 peak of the run, GFLOP/s.
+    pub peak_gflops_least: Option<f64>,
+    /// The least bf16 peak of the run, GFLOP/s.
+    pub bf16_peak_gflops_least: Option<f64>,
+    /// The least bandwidth of the run, GB/s.
+    pub bandwidth_gbps_least: Option<f64>,
     /// Operating system.
     pub os: Option<String>,
     /// Commit the binary was built from.

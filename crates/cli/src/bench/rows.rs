@@ -4,7 +4,7 @@ use lawson::{BlockPlan, DType, Result};
 
 use super::{
     measure::Measured,
-    record::{Row, StepRow},
+    record::{Machine, Row, StepRow},
     session::Session,
     specs::{Case, Kernel, Study},
 };
@@ -81,7 +81,7 @@ pub fn measured(row: &mut Row, m: &Measured, work: Work) {
     row.gbps = Some(work.bytes / median * 1e-9);
 }
 
-/// The greatest limits of the machine that were measured.
+/// Limits of the machine, as measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// f32 FMA operations per second.
@@ -115,6 +115,26 @@ impl Limits {
             bf16_peak_flops: self.bf16_peak_flops.max(other.bf16_peak_flops),
             bandwidth: self.bandwidth.max(other.bandwidth),
         }
+    }
+
+    /// The lesser of each.
+    pub fn min(self, other: Self) -> Self {
+        Limits {
+            peak_flops: self.peak_flops.min(other.peak_flops),
+            bf16_peak_flops: self.bf16_peak_flops.min(other.bf16_peak_flops),
+            bandwidth: self.bandwidth.min(other.bandwidth),
+        }
+    }
+
+    /// Fills in what a run found: these, its greatest, and its `lowest`.
+    pub fn describe(self, lowest: Self, machine: &mut Machine) {
+        let billions = |v: f64| Some(v * 1e-9);
+        machine.peak_gflops = billions(self.peak_flops);
+        machine.bf16_peak_gflops = billions(self.bf16_peak_flops);
+        machine.bandwidth_gbps = billions(self.bandwidth);
+        machine.peak_gflops_least = billions(lowest.peak_flops);
+        machine.bf16_peak_gflops_least = billions(lowest.bf16_peak_flops);
+        machine.bandwidth_gbps_least = billions(lowest.bandwidth);
     }
 
     /// Fills in each row's share of the limit that binds; none where it is exceeded, as by data that stays in a cache.

@@ -1,7 +1,10 @@
 //! What a study prints.
 
 use super::{HEAD_DIM, record::Row};
-use crate::output::{self, Grid};
+use crate::{
+    output::{self, Grid},
+    report,
+};
 
 /// One line of the table as text; an empty column is left out.
 type Column = (&'static str, fn(&Row) -> Option<String>);
@@ -21,13 +24,14 @@ fn shape(row: &Row) -> String {
     parts.join(" ")
 }
 
-const COLUMNS: [Column; 13] = [
+const COLUMNS: [Column; 14] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
     ("cold cache", |r| r.cold_ms.map(|ms| output::seconds(ms / 1e3))),
     ("speed-up", |r| r.speedup.map(|s| format!("{s:.2}×"))),
     ("peak memory", |r| r.peak_bytes.map(|b| output::bytes(b as usize))),
     ("GFLOP/s", |r| r.gflops.map(|v| format!("{v:.1}"))),
+    ("TFLOP/s", |r| r.gflops.map(|v| format!("{:.1}", v * 1e-3))),
     ("GB/s", |r| r.gbps.map(|v| format!("{v:.1}"))),
     ("of the limit", |r| r.limit_share.map(|s| format!("{:.0} %", s * 100.0))),
     ("of plain", |r| r.plain_share.map(|s| format!("{:.0} %", s * 100.0))),
@@ -44,11 +48,12 @@ const COLUMNS: [Column; 13] = [
 ];
 
 /// Columns that go where a table is too wide, in this order: first those that others imply.
-const LEAST: [&str; 10] = [
+const LEAST: [&str; 11] = [
     "GB/s",
     "rel. error",
     "p10 – p90",
     "GFLOP/s",
+    "TFLOP/s",
     "peak memory",
     "tokens/s, fit",
     "neighbours",
@@ -59,7 +64,10 @@ const LEAST: [&str; 10] = [
 
 /// The rows of one study, readable, with their remarks below. Where the whole table is too wide, shapes are lines above their levels.
 pub fn text(study: &str, rows: &[Row]) -> String {
-    let columns: Vec<&Column> = COLUMNS.iter().filter(|(_, get)| rows.iter().any(|r| get(r).is_some())).collect();
+    let (unit, _) = report::rate_unit(rows.iter().filter_map(|r| r.gflops));
+    let in_unit = |title: &str| title == unit || !title.ends_with("FLOP/s");
+    let filled = |column: &&Column| in_unit(column.0) && rows.iter().any(|r| column.1(r).is_some());
+    let columns: Vec<&Column> = COLUMNS.iter().filter(filled).collect();
     let mut notes: Vec<String> = Vec::new();
     let mut lines = Vec::new();
     for row in rows {

@@ -212,7 +212,9 @@ pub fn roofline(label: &str, peaks: &[(&str, f64)], bandwidth: Option<f64>, spot
     let mut y_domain = extent(spots.iter().map(|s| s.at.1).chain(peaks.iter().map(|p| p.1)).chain(low_roof), Spread::Log, 0.06)?;
     y_domain.1 *= 1.3;
     let x = Axis { title: "FLOP per compulsory byte", spread: Spread::Log, format: format::plain };
-    let y = Axis { title: "GFLOP/s", spread: Spread::Log, format: format::plain };
+    let (title, unit) = format::rate_unit(spots.iter().map(|s| s.at.1).chain(peaks.iter().map(|p| p.1)));
+    let format = if unit == 1.0 { format::plain } else { |v| format::plain(v * 1e-3) };
+    let y = Axis { title, spread: Spread::Log, format };
     let mut svg = Svg::new();
     let x_ticks = ticks(x_domain, Spread::Log, 8);
     let frame = Frame::draw(&mut svg, (x, x_domain, &x_ticks), (y, y_domain), (0.0, 0.0, BOTTOM), 8.0);

@@ -69,9 +69,17 @@ pub fn bytes_tick(v: f64) -> String {
     in_unit(v, &BYTES, plain)
 }
 
+/// A rate in GFLOP/s from which on it is given in TFLOP/s.
+const TERA: f64 = 9995.0;
+
+/// The unit of a column or axis of rates given in GFLOP/s, and how many GFLOP/s it is: one for all, whatever the greatest asks for.
+pub fn rate_unit(gflops: impl IntoIterator<Item = f64>) -> (&'static str, f64) {
+    if gflops.into_iter().any(|v| v.is_finite() && v >= TERA) { ("TFLOP/s", 1e3) } else { ("GFLOP/s", 1.0) }
+}
+
 /// A rate given in GFLOP/s.
 pub fn gflops(v: f64) -> String {
-    if v >= 9995.0 { format!("{} TFLOP/s", sig3(v / 1e3)) } else { format!("{} GFLOP/s", sig3(v)) }
+    if v >= TERA { format!("{} TFLOP/s", sig3(v / 1e3)) } else { format!("{} GFLOP/s", sig3(v)) }
 }
 
 /// A share, 0 to 1, as a percentage.

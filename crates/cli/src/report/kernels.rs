@@ -7,7 +7,7 @@ use super::charts::{self, Bar, Group, Series, Style};
 use super::format;
 use super::model::{ms, name, style};
 use super::page::{Block, Figure, Section, Table};
-use super::sections::{Run, absent, count, limit_share, remarks};
+use super::sections::{Run, absent, count, limit_share, rate_column, remarks};
 use super::svg::Marker;
 
 /// The kernels by the first word of their cases, and their headings.
@@ -111,9 +111,10 @@ fn decode_lines(rows: &[&Row]) -> Vec<Figure> {
 fn table(run: &Run<'_>, title: &str, rows: &[&Row]) -> Table {
     type Column<'a> = (&'static str, &'a dyn Fn(&Row) -> Option<String>);
     let share = |v: Option<f64>| v.map(format::percent);
+    let (rate, unit) = rate_column(rows.iter().filter_map(|r| r.gflops));
     let columns: [Column<'_>; 9] = [
         ("#median", &|r| ms(r).map(format::time)),
-        ("#GFLOP/s", &|r| r.gflops.map(format::sig3)),
+        (rate, &|r| r.gflops.map(|v| format::sig3(v / unit))),
         ("#GB/s", &|r| r.gbps.map(format::sig3).filter(|_| r.read_share.is_some())),
         ("#of the limit", &|r| limit_share(r, &run.results.machine)),
         ("#of plain", &|r| share(r.plain_share)),

@@ -25,6 +25,12 @@ use crate::bench::record::Results;
 use page::{Page, Section};
 use sections::Run;
 
+pub use format::{gflops, rate_unit};
+pub use sections::varied;
+
+/// Stands near the start of every report.
+pub const MARK: &str = "<title>Lawson: when fusing pays</title>";
+
 const TEMPLATE: &str = include_str!("page.html");
 const CSS: &str = include_str!("page.css");
 

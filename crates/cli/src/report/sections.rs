@@ -73,9 +73,35 @@ pub fn machine(m: &Machine) -> Section {
     let blocks = if items.is_empty() {
         vec![Block::Note { text: "The run does not say which machine it ran on.".to_owned() }]
     } else {
-        vec![Block::Facts { items }]
+        let varied = varied(m).map(|text| Block::Text { text });
+        [Block::Facts { items }].into_iter().chain(varied).collect()
     };
     Section { id: "machine", title: "The machine", sub: false, blocks }
+}
+
+/// A line that says so where the limits of a run lie more than a quarter apart.
+pub fn varied(m: &Machine) -> Option<String> {
+    let bandwidth = |v: f64| format!("{} GB/s", format::sig3(v));
+    let limits: [(&str, _, _, &dyn Fn(f64) -> String); 3] = [
+        ("f32 peak", m.peak_gflops_least, m.peak_gflops, &format::gflops),
+        ("bf16 peak", m.bf16_peak_gflops_least, m.bf16_peak_gflops, &format::gflops),
+        ("bandwidth", m.bandwidth_gbps_least, m.bandwidth_gbps, &bandwidth),
+    ];
+    let apart = limits.into_iter().filter_map(|(name, least, greatest, format)| {
+        let (least, greatest) = least.zip(greatest).filter(|(least, greatest)| greatest > &(1.25 * least))?;
+        Some(format!("{name} {} to {}", format(least), format(greatest)))
+    });
+    let apart: Vec<String> = apart.collect();
+    let text = || format!("The limits varied within the run, and shares are of the greatest: {}.", apart.join(", "));
+    (!apart.is_empty()).then(text)
+}
+
+/// The heading of a table's column of rates, and how many GFLOP/s its unit is.
+pub fn rate_column(gflops: impl IntoIterator<Item = f64>) -> (&'static str, f64) {
+    match format::rate_unit(gflops) {
+        (_, 1.0) => ("#GFLOP/s", 1.0),
+        (_, unit) => ("#TFLOP/s", unit),
+    }
 }
 
 /// What to say about a row when it is pointed at.
@@ -183,13 +209,14 @@ pub fn limit_share(row: &Row, m: &Machine) -> Option<String> {
 /// A table of the rows of each configuration, with the columns that some row fills.
 pub fn table(run: &Run<'_>, caption: &str, configs: &[Config<'_>]) -> Table {
     type Column<'a> = (&'static str, &'a dyn Fn(&Row) -> Option<String>);
+    let (rate, unit) = rate_column(configs.iter().flat_map(|c| &c.rows).filter_map(|r| r.gflops));
     let columns: [Column<'_>; 10] = [
         ("#median", &|r| ms(r).map(format::time)),
         ("#p10 – p90", &|r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| format::times(a, b))),
         ("#cold cache", &|r| r.cold_ms.map(format::time)),
         ("#peak memory", &|r| r.peak_bytes.map(|b| format::bytes(real(b)))),
         ("#traffic", &|r| r.traffic_bytes.map(|b| format::bytes(real(b)))),
-        ("#GFLOP/s", &|r| r.gflops.map(format::sig3)),
+        (rate, &|r| r.gflops.map(|v| format::sig3(v / unit))),
         ("#GB/s", &|r| r.gbps.map(format::sig3)),
         ("#of the limit", &|r| limit_share(r, &run.results.machine)),
         ("#steps / GEMMs / launches", &counts),
@@ -412,7 +439,9 @@ pub fn roofline(run: &Run<'_>) -> Section {
         }
     }
     let mut spots: Vec<Spot> = Vec::new();
-    let mut table = Table::new("", &["#no.", "what", "#FLOP/byte", "#GFLOP/s", "#share"]);
+    let shown = largest_rows(run);
+    let (rate_head, unit) = rate_column(shown.iter().filter_map(|r| r.gflops));
+    let mut table = Table::new("", &["#no.", "what", "#FLOP/byte", rate_head, "#share"]);
     let mut add = |what: String, class: &str, flops: f64, bytes: f64, time_ms: f64, row: &Row| {
         let (intensity, rate) = (flops / bytes, flops / time_ms * 1e-6);
         if !(intensity.is_finite() && rate.is_finite() && intensity > 0.0 && rate > 0.0) {
@@ -429,10 +458,10 @@ pub fn roofline(run: &Run<'_>) -> Section {
         };
         let of = if share.ends_with('%') { " of the roof" } else { "" };
         let about = format!("{what}: {}, {} FLOP/byte, {share}{of}", format::gflops(rate), format::sig3(intensity));
-        table.row(class, vec![number.to_string(), what, format::sig3(intensity), format::sig3(rate), share]);
+        table.row(class, vec![number.to_string(), what, format::sig3(intensity), format::sig3(rate / unit), share]);
         spots.push(Spot { number, about, class: class.to_owned(), at: (intensity, rate) });
     };
-    for row in largest_rows(run) {
+    for row in shown {
         let (Some(flops), Some(gbps), Some(time)) = (row.flops, row.gbps, ms(row)) else { continue };
         let what = if row.study == "kernels" {
             format!("{}: {}", name(row), kernels::shape(row))
@@ -447,7 +476,7 @@ pub fn roofline(run: &Run<'_>) -> Section {
             add(format!("kernel {} ({})", step.kernel, step.op), "c-kernel", real(flops), real(bytes), time, row);
         }
     }
-    let label = "Roofline: GFLOP/s against FLOP per byte of each measurement, under measured peak and bandwidth";
+    let label = "Roofline: operations per second against FLOP per byte of each measurement, under measured peak and bandwidth";
     let blocks = match charts::roofline(label, &peaks, bandwidth, &spots) {
         Some(svg) => {
             let caption =
@@ -521,6 +550,7 @@ pub fn steps(run: &Run<'_>) -> Section {
             ),
         });
         let measured = rows.iter().flat_map(|r| &r.steps_table).any(|s| s.median_ms.is_some());
+        let (rate_head, unit) = rate_column(rows.iter().flat_map(|r| &r.steps_table).filter_map(|s| s.gflops));
         let head = [
             "step",
             "kernel",
@@ -528,7 +558,7 @@ pub fn steps(run: &Run<'_>) -> Section {
             "#of all steps",
             "#bytes",
             "#GFLOP",
-            "#GFLOP/s",
+            rate_head,
             "#GB/s",
         ];
         let mut table = Table::new("", &head);
@@ -556,7 +586,7 @@ pub fn steps(run: &Run<'_>) -> Section {
                         or_dash(time.map(|t| t / whole), format::percent),
                         or_dash(step.bytes.map(real), format::bytes),
                         or_dash(flops.map(|f| f * 1e-9), format::sig3),
-                        or_dash(rate.filter(|_| flops.is_some()), format::sig3),
+                        or_dash(rate.filter(|_| flops.is_some()).map(|v| v / unit), format::sig3),
                         or_dash(step.bytes.zip(time).map(|(b, t)| real(b) / t * 1e-6), format::sig3),
                     ],
                 );

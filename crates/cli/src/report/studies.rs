@@ -15,8 +15,13 @@ const BANDWIDTH: Quantity = Quantity {
     format: format::plain,
     get: |r| r.gbps,
 };
-const RATE: Quantity =
-    Quantity { title: "Rate", axis: "GFLOP/s", spread: Spread::Linear, format: format::plain, get: |r| r.gflops };
+const RATE: Quantity = Quantity {
+    title: "Rate",
+    axis: "TFLOP/s",
+    spread: Spread::Linear,
+    format: format::plain,
+    get: |r| r.gflops.map(|v| v * 1e-3),
+};
 const TOKENS: Quantity = Quantity {
     title: "Throughput",
     axis: "decoded tokens/s, whole batch",

@@ -62,23 +62,17 @@ impl Sweep<'_> {
         payoff(&self.speedups(track))
     }
 
-    /// The fastest fused row and the unfused one at each length that has both.
-    fn best(&self) -> Vec<(usize, &Row, &Row)> {
-        let mut lengths: Vec<usize> =
-            self.baseline().map(|t| t.rows.iter().filter_map(|r| self.along.of(r)).collect()).unwrap_or_default();
-        lengths.sort_unstable();
-        lengths.dedup();
-        let one = |length: usize| {
-            let fused = self
-                .series
-                .iter()
-                .flat_map(|t| &t.rows)
-                .copied()
-                .filter(|r| !is_peer(r) && r.level != "unfused" && self.along.of(r) == Some(length) && ms(r).is_some());
-            let fused = fused.min_by(|a, b| ms(a).unwrap_or(f64::MAX).total_cmp(&ms(b).unwrap_or(f64::MAX)))?;
-            Some((length, self.base_of(fused)?, fused))
-        };
-        lengths.into_iter().filter_map(one).collect()
+    /// The fused series that reaches the longest length, the fastest of them there; its row there and the unfused one.
+    fn furthest(&self) -> Option<(&Track<'_>, &Row, &Row)> {
+        let fused = self.series.iter().filter(|t| t.level != "unfused" && !t.rows.iter().any(|r| is_peer(r)));
+        let ends = fused.filter_map(|t| {
+            let timed = t.rows.iter().rev().copied().filter(|r| ms(r).is_some());
+            timed.filter_map(|row| Some((t, self.base_of(row)?, row))).next()
+        });
+        ends.max_by(|(_, _, a), (_, _, b)| {
+            let faster = ms(b).unwrap_or(f64::MAX).total_cmp(&ms(a).unwrap_or(f64::MAX));
+            self.along.of(a).cmp(&self.along.of(b)).then(faster)
+        })
     }
 }
 
@@ -97,7 +91,7 @@ pub fn summary(results: &Results) -> Summary {
         let rows = of(study);
         let mut found = sweeps(&rows, Along::Seq, &[]);
         // The sweep that reaches furthest says most.
-        found.sort_by_key(|s| std::cmp::Reverse(s.best().last().map_or(0, |b| b.0)));
+        found.sort_by_key(|s| std::cmp::Reverse(s.furthest().and_then(|(_, _, row)| s.along.of(row))));
         if let Some(sentence) = found.first().and_then(|s| of_sweep(s, what)) {
             return Summary { sentence, about: format!("{study}, {}", found[0].name) };
         }
@@ -114,12 +108,16 @@ pub fn summary(results: &Results) -> Summary {
     Summary { sentence, about: if studies.is_empty() { String::new() } else { format!("measured: {}", studies.join(", ")) } }
 }
 
+/// `what` with the one level that the sentence is about, where there are several.
+fn at_level(what: &str, row: &Row) -> String {
+    if row.study == "attention" { what.to_owned() } else { format!("{what} ({})", name(row)) }
+}
+
 fn of_sweep(sweep: &Sweep<'_>, what: &str) -> Option<String> {
-    let best = sweep.best();
-    let point = |(l, base, fused): &(usize, &Row, &Row)| Some((*l, ms(base)? / ms(fused)?, pays(base, fused)));
-    let points: Vec<Point> = best.iter().filter_map(point).collect();
+    let (track, base, fused) = sweep.furthest()?;
+    let points = sweep.speedups(track);
     let ((first, ..), (longest, speedup, _)) = (points.first()?, points.last()?);
-    let (_, base, fused) = best.last()?;
+    let what = at_level(what, fused);
     let memory = memory_change(base, fused).map_or(String::new(), |m| format!(", {m}"));
     let with_memory = memory.replacen(", ", ", with ", 1);
     let letter = sweep.along.letter();
@@ -135,17 +133,14 @@ fn of_sweep(sweep: &Sweep<'_>, what: &str) -> Option<String> {
         ),
         Payoff::Only(lengths) => {
             let lengths: Vec<String> = lengths.iter().map(usize::to_string).collect();
-            let (lengths, speed) = (lengths.join(", "), format::factor(*speedup));
+            let (lengths, not, speed) = (lengths.join(", "), saves_not(*speedup), format::factor(*speedup));
             format!(
-                "On this machine {what} pays at {letter} = {lengths} but not at the longest: {speed} the speed{with_memory} {at}."
+                "On this machine {what} pays at {letter} = {lengths} but {not} at the longest: {speed} the speed{with_memory} {at}."
             )
         }
         Payoff::Never => {
-            let (name, speed) = (name(fused), format::factor(*speedup));
-            format!(
-                "On this machine {what} {}: the best level ({name}) runs at {speed} the speed{with_memory} {at}.",
-                saves_not(*speedup)
-            )
+            let (not, speed) = (saves_not(*speedup), format::factor(*speedup));
+            format!("On this machine {what} {not}: it runs at {speed} the speed{with_memory} {at}.")
         }
     })
 }
@@ -156,18 +151,20 @@ fn saves_not(speedup: f64) -> &'static str {
 }
 
 fn of_configs(configs: &[Config<'_>], what: &str) -> Option<Summary> {
-    let best = |config: &Config<'_>| -> Option<(f64, bool, String, String)> {
-        let base = config.baseline()?;
-        let fused = config.rows.iter().copied().filter(|r| !is_peer(r) && r.level != "unfused" && ms(r).is_some());
-        let row = fused.min_by(|a, b| ms(a).unwrap_or(f64::MAX).total_cmp(&ms(b).unwrap_or(f64::MAX)))?;
-        let memory = memory_change(base, row).map_or(String::new(), |m| format!(" and takes {m}"));
-        Some((ms(base)? / ms(row)?, pays(base, row), memory, config.name.clone()))
-    };
-    let found: Vec<(f64, bool, String, String)> = configs.iter().filter_map(best).collect();
+    let fused = configs.iter().flat_map(|config| {
+        let rows = config.rows.iter().copied().filter(|r| !is_peer(r) && r.level != "unfused");
+        rows.filter_map(move |row| {
+            let base = config.baseline()?;
+            Some((ms(base)? / ms(row)?, pays(base, row), base, row, config))
+        })
+    });
+    let fused: Vec<(f64, bool, &Row, &Row, &Config<'_>)> = fused.collect();
     // A gain that stands out from the noise goes before a greater one that does not.
-    let (speedup, _, memory, about) = found.iter().max_by(|a, b| a.1.cmp(&b.1).then(a.0.total_cmp(&b.0)))?.clone();
-    let paying = found.iter().filter(|f| f.1).count();
-    let sentence = match (paying, found.len()) {
+    let &(speedup, _, base, row, config) = fused.iter().max_by(|a, b| a.1.cmp(&b.1).then(a.0.total_cmp(&b.0)))?;
+    let what = at_level(what, row);
+    let memory = memory_change(base, row).map_or(String::new(), |m| format!(" and takes {m}"));
+    let of_level: Vec<bool> = fused.iter().filter(|f| f.3.level == row.level).map(|f| f.1).collect();
+    let sentence = match (of_level.iter().filter(|pays| **pays).count(), of_level.len()) {
         (0, 1) => {
             let (not, speed) = (saves_not(speedup), format::factor(speedup));
             format!("On this machine {what} {not} here: it runs at {speed} the speed{memory}.")
@@ -182,7 +179,7 @@ fn of_configs(configs: &[Config<'_>], what: &str) -> Option<Summary> {
             format!("On this machine {what} pays in {k} of {n} configurations; at best it is {best} faster{memory}.")
         }
     };
-    Some(Summary { sentence, about })
+    Some(Summary { sentence, about: config.name.clone() })
 }
 
 fn memory_change(base: &Row, fused: &Row) -> Option<String> {

@@ -1,6 +1,6 @@
 use crate::bench::record::{Results, Row};
 
-use super::{format, render, sample};
+use super::{MARK, format, render, sample, varied};
 
 const SECTIONS: [&str; 16] = [
     "summary",
@@ -90,7 +90,7 @@ fn the_full_page_has_every_section_filled() {
         assert!(page.contains(text), "{text}");
     }
     assert!(
-        headline(&page).starts_with("On this machine fusing the block pays from S = 256: 3.0× faster"),
+        headline(&page).starts_with("On this machine fusing the block (maximal) pays from S = 256: 3.0× faster"),
         "{}",
         headline(&page)
     );
@@ -172,17 +172,69 @@ fn text_is_escaped_wherever_it_comes_from() {
 fn the_headline_is_honest() {
     let of = |lengths: &[(usize, f64, f64)]| headline(&checked(&sweep(lengths)));
     let from = of(&[(128, 1.0, 1.2), (256, 2.0, 1.6), (512, 6.0, 2.5)]);
-    assert!(from.starts_with("On this machine fusing the block pays from S = 256: 2.4× faster, "), "{from}");
+    assert!(from.starts_with("On this machine fusing the block (maximal) pays from S = 256: 2.4× faster, "), "{from}");
     let always = of(&[(128, 2.0, 1.0), (256, 4.0, 2.0), (512, 8.0, 2.0)]);
     assert!(always.contains("at every length measured (S = 128 to 512): 4.0× faster"), "{always}");
     let never = of(&[(128, 1.0, 1.2), (256, 2.0, 2.2), (512, 4.0, 4.1)]);
-    assert!(never.contains("does not save time: the best level (maximal) runs at 0.98× the speed"), "{never}");
+    assert!(never.contains("(maximal) does not save time: it runs at 0.98× the speed"), "{never}");
     let only = of(&[(128, 2.0, 1.0), (256, 4.0, 2.0), (512, 8.0, 8.0)]);
-    assert!(only.contains("pays at S = 128, 256 but not at the longest"), "{only}");
+    assert!(only.contains("pays at S = 128, 256 but does not save time at the longest: 1.00× the speed"), "{only}");
     let hole = of(&[(128, 2.0, 1.0), (256, 2.0, 2.0), (512, 8.0, 4.0)]);
     assert!(hole.contains("pays from S = 512"), "{hole}");
     let two = of(&[(128, 2.0, 1.0), (256, 2.0, 2.0)]);
     assert!(two.contains("pays in 1 of 2 configurations; at best it is 2.0× faster"), "{two}");
+}
+
+#[test]
+fn the_headline_is_of_one_level() {
+    // At first only moderate is faster; at the longest maximal is the fastest.
+    let mut results = sweep(&[(128, 2.0, 2.2), (256, 4.0, 4.4), (512, 8.0, 2.0)]);
+    let moderate = |(s, ms)| Row { peak_bytes: Some(1), ..sample::row("block", "moderate", (1, s, 0), 512, ms) };
+    results.results.extend([(128, 1.0), (256, 2.0), (512, 4.0)].map(moderate));
+    let found = headline(&checked(&results));
+    assert!(found.contains("(maximal) pays from S = 512: 4.0× faster"), "{found}");
+    // Two configurations are no sweep.
+    results.results.retain(|r| r.seq != Some(128));
+    let found = headline(&checked(&results));
+    assert!(found.contains("(maximal) pays in 1 of 2 configurations; at best it is 4.0× faster"), "{found}");
+}
+
+#[test]
+fn a_gain_within_the_noise_is_called_so() {
+    let mut results = sweep(&[(128, 2.0, 1.0), (256, 4.0, 2.0), (512, 8.0, 6.0)]);
+    for row in results.results.iter_mut().filter(|r| r.seq == Some(512)) {
+        (row.p10_ms, row.p90_ms) = (row.median_ms.map(|v| v - 3.0), row.median_ms.map(|v| v + 3.0));
+    }
+    let found = headline(&checked(&results));
+    let text = "pays at S = 128, 256 but saves no time that stands out from the noise at the longest: 1.33× the speed";
+    assert!(found.contains(text), "{found}");
+}
+
+#[test]
+fn limits_far_apart_are_said() {
+    let mut results = sample::full();
+    let machine = &mut results.machine;
+    (machine.peak_gflops_least, machine.bf16_peak_gflops_least) = (Some(400.0), Some(500.0));
+    assert_eq!(
+        varied(&results.machine).as_deref(),
+        Some("The limits varied within the run, and shares are of the greatest: bf16 peak 500 GFLOP/s to 880 GFLOP/s.")
+    );
+    assert!(checked(&results).contains("limits varied within the run"));
+    assert_eq!(varied(&sample::full().machine), None);
+}
+
+#[test]
+fn large_rates_are_in_tflops() {
+    let page = checked(&sample::gpu());
+    assert!(page.contains(">TFLOP/s<") && !page.contains(">GFLOP/s<"), "in headings and on axes");
+    assert!(!checked(&sample::full()).contains("TFLOP/s"));
+    assert_eq!(format::rate_unit([3.0, f64::INFINITY]), ("GFLOP/s", 1.0));
+    assert_eq!(format::rate_unit([3.0, 10_000.0]), ("TFLOP/s", 1e3));
+}
+
+#[test]
+fn a_report_is_known_by_its_start() {
+    assert!(checked(&Results::default()).find(MARK).is_some_and(|at| at < 500));
 }
 
 #[test]

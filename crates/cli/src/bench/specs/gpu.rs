@@ -125,7 +125,7 @@ mod tests {
         for cases in [quick, article] {
             let all: Vec<Case> = Study::EACH.into_iter().flat_map(cases).collect();
             for (i, case) in all.iter().enumerate() {
-                case.shape.validate().unwrap_or_else(|e| panic!("{}: {e}", case.name()));
+                case.shape.validate(case.study).unwrap_or_else(|e| panic!("{}: {e}", case.name()));
                 let same = |c: &Case| (c.study, c.variant, c.shape) == (case.study, case.variant, case.shape);
                 assert!(!all[..i].iter().any(same), "{} stands twice", case.name());
             }

@@ -170,23 +170,21 @@ impl Shape {
         BlockProblem { kv_dtype: self.kv_dtype, ..BlockProblem::new(spec, batch, self.dtype) }
     }
 
-    /// Checks every size.
+    /// Checks every size that `study` reads. Together they may still be more than memory holds.
     ///
     /// # Errors
     /// `InvalidInput`, naming the flag.
-    pub fn validate(&self) -> Result<()> {
-        let sizes = [
-            ("--batch", self.batch),
-            ("--seq", self.seq),
-            ("--heads", self.heads),
-            ("--kv-heads", self.kv_heads),
-            ("--head-dim", self.head_dim),
-            ("--hidden", self.hidden),
-        ];
+    pub fn validate(&self, study: Study) -> Result<()> {
+        let sizes = [("--batch", self.batch), ("--seq", self.seq), ("--heads", self.heads)];
         sizes.iter().try_for_each(|&(flag, n)| check_size(flag, n))?;
         if self.past > MOST {
             return Err(Error::invalid(format!("--past must be at most 2^24, got {}", self.past)));
         }
+        if study == Study::Softmax {
+            return Ok(());
+        }
+        let sizes = [("--kv-heads", self.kv_heads), ("--head-dim", self.head_dim)];
+        sizes.iter().try_for_each(|&(flag, n)| check_size(flag, n))?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             let (h, g) = (self.heads, self.kv_heads);
             return Err(Error::invalid(format!("--heads must be a multiple of --kv-heads, got {h} and {g}")));
@@ -194,6 +192,11 @@ impl Shape {
         if self.rope && !self.head_dim.is_multiple_of(2) {
             return Err(Error::invalid(format!("--head-dim must be even, as RoPE turns pairs; got {}", self.head_dim)));
         }
+        if study == Study::Rope {
+            return Ok(());
+        }
+        // A width that is given was checked when it was read.
+        check_size("--heads times --head-dim", self.hidden)?;
         self.problem().validate()
     }
 }
@@ -242,7 +245,8 @@ impl Case {
         let heads = if s.heads == s.kv_heads { s.heads.to_string() } else { format!("{}/{}", s.heads, s.kv_heads) };
         let kernel = self.kernel.map_or(String::new(), |k| format!(" {}", k.name()));
         let study = self.study.name();
-        format!("{study}{kernel} B {} S {}{past}, {heads} heads of {}, {}", s.batch, s.seq, s.head_dim, s.dtype)
+        let width = if self.study == Study::Softmax { String::new() } else { format!(" of {}", s.head_dim) };
+        format!("{study}{kernel} B {} S {}{past}, {heads} heads{width}, {}", s.batch, s.seq, s.dtype)
     }
 }
 
