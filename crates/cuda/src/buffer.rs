@@ -300,7 +300,7 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.device.bind()?;
         let from = data.as_ptr().cast();
         // SAFETY: `range` says that the destination lies in this buffer; `data` is borrowed until the copy is waited for below.
@@ -327,7 +327,7 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.device.bind()?;
         let to = data.as_mut_ptr().cast();
         // SAFETY: `range` says that the source lies in this buffer; `data` is borrowed exclusively until the copy is waited for below, and
@@ -359,7 +359,7 @@ impl DeviceBuffer {
         if bytes == 0 {
             return Ok(());
         }
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.device.bind()?;
         // SAFETY: `range` says that both lie in their buffers, which stay until the work enqueued before their drop is done.
         let copied = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.device.raw_stream()) };
@@ -374,7 +374,7 @@ impl DeviceBuffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.device.bind()?;
         // SAFETY: the buffer has that many bytes, and stays until the work enqueued before its drop is done.
         check(unsafe { sys::cuMemsetD8Async(self.ptr, value, self.bytes, self.device.raw_stream()) }, || {
@@ -466,7 +466,7 @@ impl Staging {
         if bytes == 0 {
             return Ok(());
         }
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         let turn = turns.next;
         // An event that was never recorded counts as done.

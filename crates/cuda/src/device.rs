@@ -1,6 +1,7 @@
 //! GPUs: what there is, and one opened with its stream and memory.
 
 use std::{
+    cell::Cell,
     ffi::{CStr, c_int, c_void},
     fmt, ptr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
@@ -124,6 +125,23 @@ struct Inner {
     pool: Pool,
 }
 
+thread_local! {
+    /// The device whose stream this thread captures, null if none.
+    static CAPTURING: Cell<*const Inner> = const { Cell::new(ptr::null()) };
+}
+
+/// A stream closed to everybody but the thread that captures it.
+pub(crate) struct Capturing<'a> {
+    before: *const Inner,
+    _closed: RwLockWriteGuard<'a, ()>,
+}
+
+impl Drop for Capturing<'_> {
+    fn drop(&mut self) {
+        CAPTURING.set(self.before);
+    }
+}
+
 // SAFETY: the handles are names that the driver looks up under its own locks; it lets any thread use them once the context is current there,
 // which `bind` sees to. The rest is Send and Sync by itself.
 unsafe impl Send for Inner {}
@@ -211,18 +229,29 @@ impl Device {
     /// # Errors
     /// [`ErrorKind::Device`] with the driver's word.
     pub fn synchronize(&self) -> Result<()> {
-        let _open = self.hold_open();
+        let _open = self.hold_open()?;
         self.wait()
     }
 
     /// Keeps captures out while something is enqueued or waited for. Not to be taken twice by one thread.
-    pub(crate) fn hold_open(&self) -> RwLockReadGuard<'_, ()> {
-        self.0.capture.read().unwrap_or_else(PoisonError::into_inner)
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] when this thread itself captures: it would wait for itself.
+    pub(crate) fn hold_open(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        if CAPTURING.get() == Arc::as_ptr(&self.0) {
+            return Err(Error::new(ErrorKind::Device, "work that waits, copies or replays a graph cannot be captured"));
+        }
+        Ok(self.0.capture.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Keeps everything else out of the stream.
-    pub(crate) fn hold_closed(&self) -> RwLockWriteGuard<'_, ()> {
-        self.0.capture.write().unwrap_or_else(PoisonError::into_inner)
+    /// Keeps everything else out of the stream, which this thread captures.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] when it does so already.
+    pub(crate) fn hold_closed(&self) -> Result<Capturing<'_>> {
+        drop(self.hold_open()?);
+        let closed = self.0.capture.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(Capturing { before: CAPTURING.replace(Arc::as_ptr(&self.0)), _closed: closed })
     }
 
     /// [`Device::synchronize`] where the stream is open.
@@ -330,7 +359,7 @@ impl Event {
 
     /// Moves this event behind the work enqueued so far.
     pub fn record(&self) -> Result<()> {
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.record_here()
     }
 

@@ -43,7 +43,7 @@ impl Graph {
     /// # Safety
     /// All memory and kernels that the work uses outlive the graph.
     pub unsafe fn capture(device: &Device, enqueue: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let _closed = device.hold_closed();
+        let _closed = device.hold_closed()?;
         device.bind()?;
         let doing = || format!("capturing work on {}", device.info().name);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -92,7 +92,7 @@ impl Graph {
     /// # Errors
     /// [`ErrorKind::Device`](lawson_core::ErrorKind::Device) with the driver's word.
     pub fn replay(&mut self) -> Result<()> {
-        let _open = self.device.hold_open();
+        let _open = self.device.hold_open()?;
         self.device.bind()?;
         // SAFETY: the graph and the stream are live; what the work uses is so by the claim made at its capture.
         check(unsafe { sys::cuGraphLaunch(self.exec, self.device.raw_stream()) }, || {
