@@ -12,9 +12,11 @@ pub mod kernel;
 pub mod oracle;
 pub mod plan;
 pub mod problem;
+pub mod quantised;
 pub mod softmax_state;
 mod view;
 
 pub use dtype::{DType, round_to};
 pub use error::{Error, ErrorKind, Result};
+pub use quantised::CacheDType;
 pub use view::{DeviceElements, DeviceElementsMut, Storage, StorageMut, TensorMut, TensorRef};
