@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use clap::Args;
-use lawson::{Context, ContextOptions, DType, Device, Isa, Level, Result, cuda};
+use lawson::{CacheDType, Context, ContextOptions, DType, Device, Isa, Level, Result, cuda};
 
 /// What a problem's line is made of, as help texts show it.
 pub const PROBLEM_HELP: &str = "\
@@ -24,7 +24,8 @@ A problem is the word block and then, each at most once:
                  then ,theta=10000 ,dim=64 and one scaling, such as ,linear:2
   f32 | bf16 | f16
                  compute dtype [default: f32]
-  kv=bf16        dtype of the cache [default: the compute dtype]
+  kv=bf16        dtype of the cache, or kv=int8, kv=int4: quantised, on a CPU
+                 [default: the compute dtype]
   page=32 | page=64 | page=128
                  rows of a page of a paged cache, on a GPU
                  [default: contiguous]";
@@ -104,8 +105,8 @@ pub fn dtype(s: &str) -> Result<Auto<DType>, String> {
 }
 
 /// Reads `auto` or the dtype of a cache.
-pub fn kv_dtype(s: &str) -> Result<Auto<DType>, String> {
-    dtype(s).map_err(|accepted| planned(s, &["int8", "int4", "fp8"], &accepted))
+pub fn kv_dtype(s: &str) -> Result<Auto<CacheDType>, String> {
+    one_of(s).ok_or_else(|| planned(s, &["fp8"], "accepted: auto, f32, bf16, f16, int8, int4"))
 }
 
 /// How weights are held: in the compute dtype, which is all there is yet.

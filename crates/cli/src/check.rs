@@ -33,6 +33,8 @@ pub struct CheckArgs {
 const SEED: u64 = 7;
 /// Random blocks.
 const RANDOM: usize = 60;
+/// Random blocks over a quantised cache, on a CPU.
+const QUANTISED: usize = 36;
 /// Random blocks over a paged cache, on a GPU.
 const PAGED: usize = 48;
 /// One in so many blocks is checked when it must be quick.
@@ -45,8 +47,9 @@ const QUICK_STEP: usize = 12;
 pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     let step = if args.quick { QUICK_STEP } else { 1 };
     let problems: Vec<_> = cases::edge_cases().into_iter().chain(cases::random_cases(SEED, RANDOM)).step_by(step).collect();
+    let quantised = cases::quantised_cases(SEED + 2, QUANTISED / step);
     let paged = cases::paged_cases(SEED + 1, PAGED / step);
-    let blocks = |c: &Context| problems.iter().chain(if c.gpu().is_some() { &paged[..] } else { &[] });
+    let blocks = |c: &Context| problems.iter().chain(if c.gpu().is_some() { &paged } else { &quantised });
     let mut contexts = Vec::new();
     if !matches!(global.device, Device::Cuda(_)) {
         for isa in Isa::available() {

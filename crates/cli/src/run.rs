@@ -9,8 +9,8 @@ use std::{
 
 use clap::{ArgGroup, Args};
 use lawson::{
-    BlockData, BlockFile, BlockPlan, BlockProblem, Checkpoint, Context, DType, Error, ErrorKind, Level, PreparedCall, Result,
-    Tensor,
+    BlockData, BlockFile, BlockPlan, BlockProblem, CacheDType, Checkpoint, Context, DType, Error, ErrorKind, Level, PreparedCall,
+    Result, Tensor,
     block_file::{write_block_file, write_output},
     machine,
     tensor_file::TensorFile,
@@ -82,9 +82,10 @@ pub struct RunArgs {
     /// Compute dtype: auto (that of x; with --problem, the problem's), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::dtype)]
     dtype: Auto<DType>,
-    /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16
+    /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16; int8 or int4:
+    /// quantised, on a CPU
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::kv_dtype)]
-    kv_dtype: Auto<DType>,
+    kv_dtype: Auto<CacheDType>,
     /// How weights are held: auto (in the compute dtype), which is all there is yet
     #[arg(long, hide = true, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
     weights: WeightKind,

@@ -210,6 +210,22 @@ fn an_output_never_replaces_an_input() {
 }
 
 #[test]
+fn a_quantised_cache_comes_back_in_f32() {
+    let dir = folder("quantised");
+    let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
+    stdout(&line!["run", "--problem", PROBLEM.replace("f32", "bf16"), "--write", &case]);
+    let (block, tensors) = (case.join("block.json"), case.join("in.safetensors"));
+    for kind in ["int8", "int4"] {
+        let said =
+            json(&line!["run", "--block", &block, "--tensors", &tensors, "--out", &out, "--device", "cpu", "--kv-dtype", kind]);
+        assert!(said["problem"].as_str().is_some_and(|p| p.ends_with(&format!("bf16 kv={kind}"))), "{said}");
+        let stored = |name| open(&out).stored_dtype(name).map(|d| d.to_string());
+        assert_eq!(["y", "k", "v"].map(stored), ["BF16", "F32", "F32"].map(|d| Some(d.to_string())));
+        assert!(floats(&open(&out), "y").iter().all(|v| v.is_finite()));
+    }
+}
+
+#[test]
 fn dtypes_are_as_asked() {
     let dir = folder("dtypes");
     let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
@@ -441,13 +457,11 @@ fn outputs_that_cannot_be_written_are_found_out_first() {
 fn wrong_flags_are_named() {
     let case = Case::new("flags");
     let and = |more: &[&str]| case.line().into_iter().chain(more.iter().map(OsString::from)).collect::<Vec<_>>();
-    let flags: [(&[&str], &[&str]); 14] = [
+    let flags: [(&[&str], &[&str]); 12] = [
         (&["--fusion", "most"], &["--fusion", "'most'", "auto, unfused, minimal, moderate, maximal"]),
         (&["--dtype", "f64"], &["--dtype", "'f64'", "auto, f32, bf16, f16"]),
-        (&["--kv-dtype", "int8"], &["--kv-dtype", "'int8'", "not available in this version", "auto, f32, bf16, f16"]),
-        (&["--kv-dtype", "int4"], &["'int4'", "not available in this version"]),
-        (&["--kv-dtype", "fp8"], &["'fp8'", "not available in this version"]),
-        (&["--kv-dtype", "f8"], &["'f8'", "accepted: auto, f32, bf16, f16"]),
+        (&["--kv-dtype", "fp8"], &["--kv-dtype", "'fp8'", "not available in this version", "auto, f32, bf16, f16, int8, int4"]),
+        (&["--kv-dtype", "f8"], &["'f8'", "accepted: auto, f32, bf16, f16, int8, int4"]),
         (&["--weights", "int8"], &["--weights", "'int8'", "not available in this version", "accepted: auto"]),
         (&["--device", "tpu"], &["--device", "'tpu'", "auto, cpu, cuda"]),
         (&["--device", "cuda:99"], &["cuda:99"]),

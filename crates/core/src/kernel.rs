@@ -182,7 +182,7 @@ impl KernelCase {
         match self {
             KernelCase::Gemm { weight_dtype, .. } => *weight_dtype,
             // Where they differ, the wider one decides.
-            KernelCase::Attention { problem, .. } if problem.dtype == problem.kv_dtype => problem.dtype,
+            KernelCase::Attention { problem, .. } if problem.kv_dtype == problem.dtype => problem.dtype,
             _ => DType::F32,
         }
     }

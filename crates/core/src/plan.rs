@@ -72,6 +72,8 @@ pub enum Op {
     Append,
     /// Turns q in place and k on its way to the cache; copies v.
     RopeAppend,
+    /// Moves new keys into a quantised cache: groups that they finish as codes, the others as they are.
+    QuantiseKeys,
     /// One pass over q, k and v: biases, QK-norm and RoPE, q in place, k and v to the cache. Multiplies by the rows' rstd first where the
     /// input norm's weight lies in the projection.
     HeadEpilogue {
@@ -144,6 +146,7 @@ impl Op {
             Op::Rope => "rope",
             Op::Append => "append",
             Op::RopeAppend => "rope, append",
+            Op::QuantiseKeys => "quantise k",
             Op::Gather => "gather k, v",
             Op::TransposeQ => "transpose q",
             Op::Scores => "scores",
@@ -181,6 +184,8 @@ pub enum BufferName {
     K,
     /// New values, [T, G·D].
     V,
+    /// New keys on their way to a quantised cache, [T, G·D].
+    StagedK,
     /// New queries, keys and values side by side, [T, (H + 2G)·D].
     Qkv,
     /// Queries by heads, [B, H, S, D].
@@ -216,6 +221,7 @@ impl BufferName {
             BufferName::Q => "q",
             BufferName::K => "k",
             BufferName::V => "v",
+            BufferName::StagedK => "staged k",
             BufferName::Qkv => "qkv",
             BufferName::QHeads => "q by heads",
             BufferName::OHeads => "o by heads",

@@ -30,7 +30,7 @@ use std::{fmt, str::FromStr};
 
 use half::f16;
 
-use crate::{DType, Error, Result};
+use crate::{DType, Error, ErrorKind, Result};
 
 /// Rows of keys, and channels of values, that share a scale.
 pub const GROUP: usize = 32;
@@ -89,11 +89,28 @@ impl CacheDType {
         }
     }
 
+    /// The dtype of its elements on a GPU.
+    ///
+    /// # Errors
+    /// `Unavailable` where it is quantised, which no kernel of a GPU reads.
+    pub fn on_gpu(self) -> Result<DType> {
+        let refused = || format!("a cache of {self} is not yet available on a GPU; accepted there: f32, bf16, f16");
+        self.elements().ok_or_else(|| Error::new(ErrorKind::Unavailable, refused()))
+    }
+
     /// Its codes, where it is quantised.
     pub const fn codes(self) -> Option<Codes> {
         match self {
             CacheDType::Elements(_) => None,
             CacheDType::Codes(codes) => Some(codes),
+        }
+    }
+
+    /// The dtype that rows are rounded to on their way to it, in a block that computes in `dtype`.
+    pub const fn rounds_to(self, dtype: DType) -> DType {
+        match self {
+            CacheDType::Elements(own) => own,
+            CacheDType::Codes(_) => dtype,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Problems print as lines that parse back to the same problem, and no line makes the parser panic.
 
 use lawson_core::{
-    DType, ErrorKind,
+    CacheDType, DType, ErrorKind,
     problem::{
         AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout,
         RopeScaling, RopeSpec, Yarn,
@@ -82,7 +82,7 @@ fn block() -> impl Strategy<Value = BlockProblem> {
     let biases = any::<[bool; 4]>().prop_map(|[q, k, v, o]| Biases { q, k, v, o });
     let norms = (option::of(number(0.0..1e-3)), option::of(number(0.0..1e-3)));
     let spec = attention().prop_flat_map(|a| (option::of(rope(a.head_dim)), Just(a)));
-    let cache = (dtype(), option::of(select(PAGE_SIZES.to_vec())));
+    let cache = (select(CacheDType::ALL.to_vec()), option::of(select(PAGE_SIZES.to_vec())));
     (spec, 1usize..999, norms, any::<bool>(), biases, batch(), mask(), (dtype(), cache)).prop_map(
         |(
             (rope, attention),
@@ -164,6 +164,8 @@ fn the_documented_lines_are_canonical() {
         "block b=1 s=1 past=9 e=64 h=4/4 d=16 causal window=7 mask rope=interleaved,theta=500000,dim=4,longrope:1/1.5:2/4:64:factor=8:attention_factor=1.2 f16",
         "block b=1 s=1 past=9 e=64 h=4/4 d=16 causal rope=half,yarn:4:64:beta_fast=8:beta_slow=2:truncate=false:attention_factor=0.8:mscale=0.7:mscale_all_dim=1.3 f32",
         "block b=8 s=1 past=4096 e=4096 h=32/8 d=128 causal rope=half bf16 kv=f16 page=64",
+        "block b=1 s=1 past=33 e=64 h=4/4 d=16 causal f32 kv=int8",
+        "block b=1 s=1 past=33 e=64 h=4/4 d=16 causal bf16 kv=int4",
     ] {
         assert_eq!(line.parse::<BlockProblem>().unwrap().to_string(), line);
     }
@@ -203,7 +205,7 @@ fn errors_name_the_token_and_what_is_accepted() {
         ("block b=1 s=4 e=64 h=4 bias=", &["'bias='"]),
         ("block b=1 s=4 e=64 h=4 bias=qq", &["'bias=qq'", "each once"]),
         ("block b=1 s=4 e=64 h=4 mask=x", &["'mask=x'", "mask=bh"]),
-        ("block b=1 s=4 e=64 h=4 kv=f64", &["'kv=f64'", "bf16"]),
+        ("block b=1 s=4 e=64 h=4 kv=f64", &["'kv=f64'", "bf16", "int8", "int4"]),
         ("block b=1 s=4 e=64 h=4 page=63", &["63 rows", "32, 64, 128"]),
         ("block b=1 s=4 e=64 h=4 page=", &["'page='", "whole numbers"]),
         ("block b=1 s=4 e=64 h=4 full window=3", &["sliding_window"]),

@@ -1,7 +1,7 @@
 //! The CPU as a [`Backend`]: its table, and single kernels for conformance.
 
 use lawson_core::{
-    DType, Error, Result,
+    CacheDType, DType, Error, Result,
     data::Mask,
     kernel::{Backend, KernelCase, KernelInfo, KernelOp, MachineProfile},
     problem::{AttentionProblem, AttentionSpec, BlockProblem, RopeFrequencies},
@@ -15,6 +15,7 @@ use crate::{
     kernels::{
         attention::{Attention, MaskRows},
         attention_decode, attention_prefill,
+        codes::{Cache, CodeRows},
         gemm::{self, Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
         rope,
         rows::{CacheRows, Place, Rows},
@@ -54,9 +55,9 @@ impl Cpu {
     }
 
     /// Bytes of scratch of an attention item; `query_tile` 0 is the decode kernel.
-    pub fn attention_scratch(&self, spec: &AttentionSpec, dtype: DType, kv_dtype: DType, query_tile: usize) -> usize {
+    pub fn attention_scratch(&self, spec: &AttentionSpec, dtype: DType, kv_dtype: CacheDType, query_tile: usize) -> usize {
         4 * if query_tile == 0 {
-            attention_decode::scratch_len(spec, self.kernels.lanes)
+            attention_decode::scratch_len(spec, kv_dtype, self.kernels.lanes)
         } else {
             attention_prefill::scratch_len(spec, dtype, kv_dtype, query_tile, &self.kernels)
         }
@@ -78,7 +79,7 @@ impl Cpu {
     pub unsafe fn attention(&self, a: &Attention<'_>, workspace: &mut Workspace) -> Result<()> {
         let spec = a.spec;
         let parts = a.split.map_or(0, |_| a.rows * spec.heads * a.most_parts * (spec.head_dim + 2) * 4);
-        let scratch = self.attention_scratch(spec, a.out.dtype, a.cache.dtype, a.query_tile);
+        let scratch = self.attention_scratch(spec, a.out.dtype, a.cache.dtype(), a.query_tile);
         let scratch = workspace.reserve(parts, scratch, self.threads.count())?;
         let parts = if a.split.is_some() { workspace.buffers().cast() } else { std::ptr::null_mut() };
         let a = Attention { parts, ..*a };
@@ -210,7 +211,54 @@ fn rows_mut(x: &mut [f32], stride: usize) -> Rows {
     Rows { start: x.as_mut_ptr().cast(), dtype: DType::F32, stride }
 }
 
+/// A cache with the memory that it lies in.
+struct Kept {
+    cache: Cache,
+    _memory: Vec<AlignedBytes>,
+    _state: [Vec<usize>; 2],
+}
+
 impl Cpu {
+    /// k and v as the problem's cache holds them.
+    fn keep(&self, p: &AttentionProblem, data: &AttentionData<'_>) -> Result<Kept> {
+        let (s, lengths) = (&p.spec, &p.batch);
+        let codes = match p.kv_dtype {
+            CacheDType::Elements(dtype) => {
+                let (k, v) = (self.encode(dtype, data.k)?, self.encode(dtype, data.v)?);
+                let cache = Cache::Elements(CacheRows {
+                    k: k.as_ptr(),
+                    v: v.as_ptr(),
+                    dtype,
+                    sequence_stride: s.kv_dim() * data.rows,
+                    head_stride: data.rows * s.head_dim,
+                    row_stride: s.head_dim,
+                });
+                return Ok(Kept { cache, _memory: vec![k, v], _state: [Vec::new(), Vec::new()] });
+            }
+            CacheDType::Codes(codes) => codes,
+        };
+        let (d, rows) = (s.head_dim, data.rows.next_multiple_of(CacheRows::TILE));
+        let starts = CodeRows::layout(codes, lengths.sequences(), s.kv_heads, d, rows)
+            .ok_or_else(|| Error::invalid(format!("a cache of {rows} rows is too large")))?;
+        let memory = AlignedBytes::new(starts[6])?;
+        let valid: Vec<usize> = lengths.new_tokens().iter().zip(lengths.past()).map(|(n, p)| n + p).collect();
+        let halves = vec![0; valid.len()];
+        let state = [halves.as_ptr(), valid.as_ptr()];
+        let cache = CodeRows::new(codes, [s.kv_heads, d, rows], memory.as_ptr(), &starts, state);
+        // SAFETY: the memory has the layout's bytes, and nobody else uses it. All ones are NaN in scales and tails: what is not written shows.
+        unsafe {
+            memory.as_ptr().write_bytes(0xff, memory.len());
+            for (b, &len) in valid.iter().enumerate() {
+                for (head, row) in (0..s.kv_heads).flat_map(|head| (0..len).map(move |row| (head, row))) {
+                    let at = ((b * s.kv_heads + head) * data.rows + row) * d;
+                    cache.append_values(b, head, row, data.v[at..][..d].as_ptr());
+                    cache.append_key(b, head, row, data.k[at..][..d].as_ptr());
+                }
+            }
+        }
+        Ok(Kept { cache: Cache::Codes(cache), _memory: vec![memory], _state: [halves, valid] })
+    }
+
     /// `x` rounded to `dtype`.
     fn encode(&self, dtype: DType, x: &[f32]) -> Result<AlignedBytes> {
         let out = AlignedBytes::new(x.len() * dtype.size())?;
@@ -287,20 +335,12 @@ impl Cpu {
                 return Err(Error::invalid("an attention case whose mask does not fit its problem"));
             }
         }
-        let (q, k, v) = (self.encode(p.dtype, data.q)?, self.encode(p.kv_dtype, data.k)?, self.encode(p.kv_dtype, data.v)?);
+        let (q, kept) = (self.encode(p.dtype, data.q)?, self.keep(p, data)?);
         let (out, mut lse) = (self.encode(p.dtype, &vec![f32::NAN; data.q.len()])?, vec![f32::NAN; tokens * s.heads]);
-        let cache = CacheRows {
-            k: k.as_ptr(),
-            v: v.as_ptr(),
-            dtype: p.kv_dtype,
-            sequence_stride: s.kv_dim() * data.rows,
-            head_stride: data.rows * s.head_dim,
-            row_stride: s.head_dim,
-        };
         let a = Attention {
             spec: s,
             q: Rows { start: q.as_ptr(), dtype: p.dtype, stride: s.q_dim() },
-            cache,
+            cache: kept.cache,
             out: Rows { start: out.as_ptr(), dtype: p.dtype, stride: s.q_dim() },
             lse: Some(lse.as_mut_ptr()),
             mask: data.mask.map(|m| mask_rows(m, s.heads)),

@@ -13,6 +13,7 @@ use crate::{
     kernels::{
         attention::{self, Attention},
         attention_decode, attention_prefill,
+        codes::{self, QuantiseKeys},
         gemm::{self, Gemm, Heads, PackX},
         norm, rope,
         rows::{self, Place, Rows},
@@ -122,6 +123,8 @@ kernels! {
     gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
     /// Norms, turns and moves one head of one row.
     move_head(h: &Heads<'_>, from: Rows, row: usize, head: usize, place: Place, scratch: *mut f32) = gemm::move_head;
+    /// Moves the new keys of one sequence and head into a quantised cache.
+    quantise_keys(q: &QuantiseKeys<'_>, item: usize, scratch: *mut f32) = codes::quantise_keys;
     /// RMSNorm of one row.
     norm_row(from: Rows, to: Rows, row: usize, norm: (*const f32, f64), n: usize, scratch: *mut f32) = norm::norm_row;
     /// to = a + b for one row.

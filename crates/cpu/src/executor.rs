@@ -11,9 +11,10 @@ use crate::{
     dispatch::Kernels,
     kernels::{
         attention::{Attention, MaskRows},
+        codes::{Cache, QuantiseKeys},
         gemm::{Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
         rope,
-        rows::{CacheRows, Rows, places},
+        rows::{Rows, places},
         scores::Strips,
     },
     machine::Memory,
@@ -78,7 +79,7 @@ pub struct Operands<'a> {
     /// Past rows of each sequence: at most the plan's.
     pub past: &'a [usize],
     /// The cache, writable behind the past rows.
-    pub cache: CacheRows,
+    pub cache: Cache,
     /// The arbitrary mask.
     pub mask: Option<MaskRows>,
     /// Frequencies of this call, where the block has RoPE.
@@ -228,6 +229,7 @@ impl Run<'_> {
                     self.heads(false, true, [Some(BufferName::Q), None, None])?;
                     self.append(true)
                 }
+                Op::QuantiseKeys => self.quantise_keys(),
                 Op::RopeTable => self.rope_table(),
                 Op::TransposeQ => self.strips(self.kernels.transpose_q),
                 Op::Scores => self.strips(self.kernels.scores),
@@ -320,12 +322,9 @@ impl Run<'_> {
         for (slot, &(kind, (weights, bias, buffer))) in segments.iter_mut().zip(parts) {
             let epilogue = if p.append {
                 let to = match kind {
-                    0 => {
-                        let rows = self.buffer(BufferName::Q, a.q_dim())?;
-                        HeadsTo::Rows(Rows { start: rows.at(self.base(), 0), ..rows })
-                    }
-                    1 => HeadsTo::CacheK(self.operands.cache),
-                    _ => HeadsTo::CacheV(self.operands.cache),
+                    0 => HeadsTo::Rows(self.block_rows(BufferName::Q, a.q_dim())?),
+                    1 => self.keys_to()?,
+                    _ => self.values_to(),
                 };
                 Epilogue::Heads(self.head_epilogue(kind, true, true, to)?)
             } else {
@@ -352,6 +351,41 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// A buffer's rows; row 0 is the first token of this row block.
+    fn block_rows(&self, name: BufferName, stride: usize) -> Result<Rows> {
+        let rows = self.buffer(name, stride)?;
+        Ok(Rows { start: rows.at(self.base(), 0), ..rows })
+    }
+
+    /// Where new keys go: those of a quantised cache wait for the others of their group.
+    fn keys_to(&self) -> Result<HeadsTo> {
+        Ok(match self.operands.cache {
+            Cache::Elements(cache) => HeadsTo::CacheK(cache),
+            Cache::Codes(_) => HeadsTo::Rows(self.block_rows(BufferName::StagedK, self.spec.attention.kv_dim())?),
+        })
+    }
+
+    /// Where new values go.
+    fn values_to(&self) -> HeadsTo {
+        match self.operands.cache {
+            Cache::Elements(cache) => HeadsTo::CacheV(cache),
+            Cache::Codes(cache) => HeadsTo::CodesV(cache, self.plan.problem.dtype),
+        }
+    }
+
+    unsafe fn quantise_keys(&self) -> Result<()> {
+        let Cache::Codes(cache) = self.operands.cache else { return Err(missing("a quantised cache")) };
+        let (new, past) = (self.operands.new, self.operands.past);
+        let staged = self.block_rows(BufferName::StagedK, self.spec.attention.kv_dim())?;
+        let keys = QuantiseKeys { cache, staged, new, past, first: self.first, rows: self.rows };
+        let keys = SharedRef(&keys);
+        self.threads.run(keys.get().items(), &|thread, item| {
+            // SAFETY: the caller's; each item writes the groups of its own sequence and head.
+            unsafe { (self.kernels.quantise_keys)(keys.get(), item, self.scratch.of(thread)) }
+        });
+        Ok(())
+    }
+
     /// Passes over the heads of q, k and v in their buffers, in place.
     unsafe fn heads(&self, norm: bool, rope: bool, buffers: [Option<BufferName>; 3]) -> Result<()> {
         let a = &self.spec.attention;
@@ -368,8 +402,8 @@ impl Run<'_> {
 
     /// Moves k and v to the cache, turning k on the way when `rope`.
     unsafe fn append(&self, rope: bool) -> Result<()> {
-        let (a, cache) = (&self.spec.attention, self.operands.cache);
-        for (kind, name, to) in [(1, BufferName::K, HeadsTo::CacheK(cache)), (2, BufferName::V, HeadsTo::CacheV(cache))] {
+        let a = &self.spec.attention;
+        for (kind, name, to) in [(1, BufferName::K, self.keys_to()?), (2, BufferName::V, self.values_to())] {
             let heads = self.head_epilogue(kind, false, rope, to)?;
             // SAFETY: the caller's.
             unsafe { self.move_heads(&heads, self.buffer(name, a.kv_dim())?, a.kv_heads) };
@@ -409,10 +443,6 @@ impl Run<'_> {
 
     fn attention_args<'a>(&'a self, t: &TiledAttention) -> Result<Attention<'a>> {
         let a = &self.spec.attention;
-        let rows = |name| -> Result<Rows> {
-            let rows = self.buffer(name, a.q_dim())?;
-            Ok(Rows { start: rows.at(self.base(), 0), ..rows })
-        };
         let w = self.operands.weights;
         let parts = match t.split {
             Some(_) => self.f32s(BufferName::Parts)?,
@@ -420,9 +450,9 @@ impl Run<'_> {
         };
         Ok(Attention {
             spec: a,
-            q: rows(BufferName::Q)?,
+            q: self.block_rows(BufferName::Q, a.q_dim())?,
             cache: self.operands.cache,
-            out: rows(BufferName::Attention)?,
+            out: self.block_rows(BufferName::Attention, a.q_dim())?,
             lse: None,
             mask: self.operands.mask,
             sinks: w.sinks.as_ref().map(|v| v.as_ptr()),
@@ -494,7 +524,7 @@ pub unsafe fn project(kernels: &Kernels, threads: &Threads, pack: &PackX, gemm: 
 /// # Safety
 /// `a` describes valid memory, with room for its parts; `scratch` fits its items.
 pub unsafe fn attend(kernels: &Kernels, threads: &Threads, a: &Attention<'_>, scratch: Scratch) {
-    let kernel = if a.query_tile == 0 { kernels.attention_decode } else { kernels.attention_prefill };
+    let kernel = if a.query_tile > 0 { kernels.attention_prefill } else { kernels.attention_decode };
     let a = SharedRef(a);
     threads.run(a.get().items(), &|thread, item| {
         // SAFETY: the caller's; items write disjoint queries, heads and parts.

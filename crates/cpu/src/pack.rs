@@ -123,7 +123,8 @@ unsafe fn pack_tile<F: Elem, T: Elem>(w: &[F], t: &TileShape, out: *mut T) {
             for j in 0..t.panel {
                 let row = if column0 + j < t.columns { &w[(t.row0 + column0 + j) * t.k..][..t.k] } else { &[] };
                 for i in k0..t.depth.min(k0 + BLOCK) {
-                    let v = T::from_f32(row.get(i).map_or(0.0, |v| v.to_f32()));
+                    // SAFETY: a reference to an element.
+                    let v = T::from_f32(row.get(i).map_or(0.0, |v| unsafe { F::get(v, 0) }));
                     let at = i / t.steps * t.panel * t.steps + j * t.steps + i % t.steps;
                     // SAFETY: the panel starts at column0 · depth and holds panel · depth elements.
                     unsafe { out.add(column0 * t.depth + at).write(v) };

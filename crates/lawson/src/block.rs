@@ -7,7 +7,7 @@ use std::{
 };
 
 use lawson_core::{
-    DType, Error, ErrorKind, Result, Storage, StorageMut, TensorMut, TensorRef,
+    CacheDType, DType, Error, ErrorKind, Result, Storage, StorageMut, TensorMut, TensorRef,
     plan::BlockPlan,
     problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape, RopeFrequencies},
 };
@@ -287,7 +287,14 @@ impl AttentionBlock {
     ///
     /// # Errors
     /// `InvalidInput` when the lengths do not fit each other or are too large.
-    pub fn plan(&self, new: &[usize], past: &[usize], mask: Option<MaskShape>, kv_dtype: DType) -> Result<Arc<BlockPlan>> {
+    pub fn plan(
+        &self,
+        new: &[usize],
+        past: &[usize],
+        mask: Option<MaskShape>,
+        kv_dtype: impl Into<CacheDType>,
+    ) -> Result<Arc<BlockPlan>> {
+        let kv_dtype = kv_dtype.into();
         let batch = Lengths::ragged(new.to_vec(), past.to_vec())?;
         let (spec, dtype) = (self.inner.spec.clone(), self.inner.dtype);
         let problem = BlockProblem { spec, batch, mask, dtype, kv_dtype, page_size: None };
@@ -410,6 +417,7 @@ impl AttentionBlock {
         };
         // SAFETY: every shape and dtype was checked above; y and the cache are borrowed mutably, the workspace is locked.
         unsafe { executor::run(&cpu.kernels, &cpu.threads, &plan, &operands, &mut workspace, monitor)? };
+        args.cache.wrote(args.batch);
         Ok(plan)
     }
 }

@@ -44,8 +44,13 @@ impl PreparedCall {
         };
         let one = a.kv_heads * data.past_rows * a.head_dim;
         for (b, &past) in problem.batch.past().iter().enumerate() {
-            let part = |v: &'_ [f32]| v.get(b * one..(b + 1) * one).unwrap_or_default().to_vec();
-            cache.import(0, b, data.past_rows, &part(&data.past_k), &part(&data.past_v))?;
+            // Rows behind the valid ones stay where kernels could find them, but share no scales with others.
+            let rows = if problem.kv_dtype.codes().is_some() { past } else { data.past_rows };
+            let part = |v: &'_ [f32]| {
+                let heads = v.get(b * one..(b + 1) * one).unwrap_or_default().chunks_exact(data.past_rows.max(1) * a.head_dim);
+                heads.flat_map(|head| &head[..rows * a.head_dim]).copied().collect::<Vec<_>>()
+            };
+            cache.import(0, b, rows, &part(&data.past_k), &part(&data.past_v))?;
             cache.truncate(b, past)?;
         }
         let x = Tensor::from_f32(&data.x, problem.dtype, &[problem.batch.tokens(), problem.spec.hidden_size])?;

@@ -9,7 +9,7 @@ use std::{
 
 use lawson_compiler::{Planner, Scratch};
 use lawson_core::{
-    DType, Error, ErrorKind, Result,
+    CacheDType, DType, Error, ErrorKind, Result,
     kernel::{Backend, KernelInfo, MachineProfile},
     plan::BlockPlan,
     problem::{AttentionProblem, BlockProblem, BlockSpec, Lengths, Level, MaskShape},
@@ -325,7 +325,7 @@ pub(crate) struct Call<'a> {
     pub past: &'a [usize],
     pub mask: Option<MaskShape>,
     pub dtype: DType,
-    pub kv_dtype: DType,
+    pub kv_dtype: CacheDType,
     pub page_size: Option<usize>,
 }
 

@@ -1,7 +1,18 @@
 //! Keys and values of every layer of a model, for a fixed set of sequences.
 
-use lawson_core::{DType, Error, Result, problem::AttentionSpec};
-use lawson_cpu::{arena::AlignedBytes, kernels::rows::CacheRows, machine};
+mod codes;
+
+use codes::CodeCache;
+use lawson_core::{CacheDType, DType, Error, Result, problem::AttentionSpec};
+use lawson_cpu::{
+    arena::AlignedBytes,
+    kernels::{
+        codes::Cache as HostRows,
+        rows::{CacheRows, store_row},
+    },
+    machine,
+    simd::portable::Portable,
+};
 use lawson_cuda::{DeviceBuffer, Staging, kernels::cache::Cache, weights};
 
 use crate::{
@@ -56,7 +67,8 @@ const TABLES_UNDER_WAY: usize = 4;
 /// valid after the last layer, so that a failed call changes nothing.
 pub struct KvCache {
     memory: Place,
-    dtype: DType,
+    /// Of its elements; of keys that are not quantised yet where it holds codes.
+    elements: DType,
     layers: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -68,6 +80,7 @@ pub struct KvCache {
 
 enum Place {
     Host(AlignedBytes),
+    Codes(CodeCache),
     Device(DeviceBuffer),
     Pages(Pages),
 }
@@ -97,43 +110,49 @@ impl Pages {
 
 impl KvCache {
     /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows. The
-    /// context decides where its memory lies.
+    /// context decides where its memory lies. A quantised cache holds codes with scales, and up to 32 keys of each sequence as f32:
+    /// [`lawson_core::quantised`] defines it.
     ///
     /// # Errors
-    /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`.
+    /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`; `Unavailable` for a quantised cache on a GPU.
     pub fn new(
         context: &Context,
         spec: &AttentionSpec,
         layers: usize,
         sequences: usize,
         capacity: usize,
-        dtype: DType,
+        dtype: impl Into<CacheDType>,
     ) -> Result<Self> {
+        let dtype = dtype.into();
         spec.validate()?;
         for (what, n) in [("layers", layers), ("sequences", sequences), ("capacity", capacity)] {
             if n == 0 {
                 return Err(Error::invalid(format!("a cache needs at least 1 of {what}, got 0")));
             }
         }
-        let rows = capacity.checked_next_multiple_of(CacheRows::TILE);
-        let product = [layers, 2, sequences, spec.kv_heads, spec.head_dim, dtype.size()];
-        let bytes =
-            product.iter().try_fold(rows.unwrap_or(usize::MAX), |n, &f| n.checked_mul(f)).filter(|&n| n <= isize::MAX as usize);
-        let (Some(rows), Some(bytes)) = (rows, bytes) else {
-            return Err(Error::invalid(format!(
-                "a cache of {layers} layers, {sequences} sequences and {capacity} rows is too large"
-            )));
-        };
-        let memory = match context.gpu() {
-            Some(gpu) => {
-                let buffer = gpu.device().alloc(bytes)?;
-                buffer.fill(0)?;
-                Place::Device(buffer)
-            }
-            None => Place::Host(AlignedBytes::new(bytes)?),
-        };
         let (kv_heads, head_dim) = (spec.kv_heads, spec.head_dim);
-        Ok(KvCache { memory, dtype, layers, kv_heads, head_dim, rows, capacity, lengths: vec![0; sequences] })
+        let too_large =
+            || Error::invalid(format!("a cache of {layers} layers, {sequences} sequences and {capacity} rows is too large"));
+        let rows = capacity.checked_next_multiple_of(CacheRows::TILE).ok_or_else(too_large)?;
+        let bytes = |size: usize| {
+            let product = [layers, 2, sequences, kv_heads, head_dim, size];
+            let bytes = product.iter().try_fold(rows, |n, &f| n.checked_mul(f)).filter(|&n| n <= isize::MAX as usize);
+            bytes.ok_or_else(too_large)
+        };
+        let (memory, elements) = match (context.gpu(), dtype) {
+            (Some(gpu), _) => {
+                let dtype = dtype.on_gpu()?;
+                let buffer = gpu.device().alloc(bytes(dtype.size())?)?;
+                buffer.fill(0)?;
+                (Place::Device(buffer), dtype)
+            }
+            (None, CacheDType::Elements(dtype)) => (Place::Host(AlignedBytes::new(bytes(dtype.size())?)?), dtype),
+            (None, CacheDType::Codes(codes)) => {
+                let cache = CodeCache::new(codes, layers, sequences, [kv_heads, head_dim, rows])?;
+                (Place::Codes(cache), DType::F32)
+            }
+        };
+        Ok(KvCache { memory, elements, layers, kv_heads, head_dim, rows, capacity, lengths: vec![0; sequences] })
     }
 
     /// An empty cache for `sequences` sequences of up to `capacity` rows in pages of `pool`, which decides geometry and dtype.
@@ -166,7 +185,7 @@ impl KvCache {
         let (device, bytes) = (pool.memory().device(), table.len() * size_of::<i32>());
         let (on_device, staging) = (device.alloc(bytes)?, Staging::new(device, bytes, TABLES_UNDER_WAY)?);
         Ok(KvCache {
-            dtype: pool.dtype(),
+            elements: pool.dtype(),
             layers: pool.layers(),
             kv_heads: pool.kv_heads(),
             head_dim: pool.head_dim(),
@@ -177,9 +196,12 @@ impl KvCache {
         })
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// How it holds its elements.
+    pub fn dtype(&self) -> CacheDType {
+        match &self.memory {
+            Place::Codes(c) => CacheDType::Codes(c.codes()),
+            _ => self.elements.into(),
+        }
     }
     /// Number of layers.
     pub fn layers(&self) -> usize {
@@ -212,6 +234,7 @@ impl KvCache {
     pub fn bytes(&self) -> usize {
         match &self.memory {
             Place::Host(m) => m.len(),
+            Place::Codes(c) => c.memory().len(),
             Place::Device(m) => m.bytes(),
             Place::Pages(p) => p.table.pages() * (p.pool.bytes() / p.pool.pages()),
         }
@@ -221,6 +244,7 @@ impl KvCache {
     pub fn memory(&self) -> Option<machine::Memory<'_>> {
         match &self.memory {
             Place::Host(m) => Some(machine::Memory::from(m)),
+            Place::Codes(c) => Some(machine::Memory::from(c.memory())),
             Place::Device(_) | Place::Pages(_) => None,
         }
     }
@@ -282,17 +306,28 @@ impl KvCache {
     /// As [`KvCache::check`]; nothing changes then.
     pub fn commit(&mut self, batch: &Batch) -> Result<()> {
         self.reserve(batch)?;
-        self.lengths.iter_mut().zip(batch.new_tokens()).for_each(|(len, n)| *len += n);
+        for (b, n) in batch.new_tokens().iter().enumerate() {
+            self.set_len(b, self.lengths[b] + n);
+        }
         Ok(())
     }
 
-    /// Shortens sequence `b` to `len` rows; pages that hold none of them go back to the pool.
+    /// Sets the valid rows of sequence `b`.
+    fn set_len(&mut self, b: usize, len: usize) {
+        match &mut self.memory {
+            Place::Codes(c) => c.set_len(b, len, &mut self.lengths),
+            _ => self.lengths[b] = len,
+        }
+    }
+
+    /// Shortens sequence `b` to `len` rows; pages that hold none of them go back to the pool. Of a quantised cache, keys of a finished group
+    /// keep what their codes give, and are quantised again with those that follow.
     ///
     /// # Errors
     /// `InvalidInput` when there is no such sequence or it is shorter.
     pub fn truncate(&mut self, b: usize, len: usize) -> Result<()> {
-        match self.lengths.get_mut(b) {
-            Some(l) if len <= *l => *l = len,
+        match self.lengths.get(b) {
+            Some(&l) if len <= l => self.set_len(b, len),
             Some(l) => return Err(Error::invalid(format!("sequence {b} has {l} rows and cannot be truncated to {len}"))),
             None => return Err(Error::invalid(format!("sequence {b} of a cache of {} sequences", self.lengths.len()))),
         }
@@ -304,7 +339,7 @@ impl KvCache {
 
     /// Empties every sequence; all pages go back to the pool.
     pub fn reset(&mut self) {
-        self.lengths.fill(0);
+        (0..self.lengths.len()).for_each(|b| self.set_len(b, 0));
         if let Place::Pages(p) = &mut self.memory {
             (0..self.lengths.len()).for_each(|b| p.table.truncate(b, 0));
         }
@@ -323,52 +358,37 @@ impl KvCache {
             return Err(Error::invalid(format!("{rows} rows of sequence {b}, which has pages for {}", p.table.rows(b))));
         }
         if let Some(memory) = self.device_memory() {
-            let row_bytes = self.head_dim * self.dtype.size();
+            let row_bytes = self.head_dim * self.elements.size();
             let copy = |keys: bool| -> Result<Vec<f32>> {
                 let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
                 let mut bytes = vec![0u8; rows.min(self.rows) * row_bytes];
                 for g in 0..self.kv_heads {
                     for first in (0..rows).step_by(self.rows) {
                         let run = &mut bytes[..(rows - first).min(self.rows) * row_bytes];
-                        memory.read_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), run)?;
-                        out.extend(weights::decode(run, self.dtype));
+                        memory.read_at(self.offset(layer, keys, b, g, first) * self.elements.size(), run)?;
+                        out.extend(weights::decode(run, self.elements));
                     }
                 }
                 Ok(out)
             };
             return Ok((copy(true)?, copy(false)?));
         }
-        let cache = self.rows(layer)?;
-        let copy = |keys: bool| {
-            let mut out = Vec::with_capacity(self.kv_heads * rows * self.head_dim);
-            for g in 0..self.kv_heads {
-                for r in 0..rows {
-                    let from = if keys { cache.k_row(b, g, r) } else { cache.v_row(b, g, r) };
-                    // SAFETY: a row of the cache holds D elements of its dtype at an aligned address.
-                    unsafe {
-                        match self.dtype {
-                            DType::BF16 => {
-                                out.extend(
-                                    std::slice::from_raw_parts(from.cast::<half::bf16>(), self.head_dim)
-                                        .iter()
-                                        .map(|v| v.to_f32()),
-                                );
-                            }
-                            DType::F16 => {
-                                out.extend(
-                                    std::slice::from_raw_parts(from.cast::<half::f16>(), self.head_dim)
-                                        .iter()
-                                        .map(|v| v.to_f32()),
-                                );
-                            }
-                            _ => out.extend_from_slice(std::slice::from_raw_parts(from.cast::<f32>(), self.head_dim)),
-                        }
-                    }
-                }
-            }
-            out
+        let (cache, d) = (self.rows(layer)?, self.head_dim);
+        let len = match &self.memory {
+            Place::Codes(c) => c.len(layer, b, rows, &self.lengths),
+            _ => rows,
         };
-        Ok((copy(true), copy(false)))
+        let mut out = [(); 2].map(|()| vec![0.0; self.kv_heads * rows * d]);
+        for i in 0..self.kv_heads * rows {
+            let ([k, v], head, row) = (out.each_mut().map(|o| o[i * d..][..d].as_mut_ptr()), [b, i / rows], i % rows);
+            // SAFETY: the row is one of the cache's, and a row of the result has D elements.
+            unsafe {
+                cache.load_keys(Portable, head, row..row + 1, len, d, k, d);
+                cache.load_value(Portable, head, row, d, v);
+            }
+        }
+        let [k, v] = out;
+        Ok((k, v))
     }
 
     /// Replaces sequence `b` of `layer` by `rows` rows of keys and values, each [G, rows, D] as f32, rounded to nearest even. The
@@ -401,25 +421,16 @@ impl KvCache {
             }
             return Ok(());
         }
-        let cache = self.rows(layer)?;
-        let d = self.head_dim;
+        if let Place::Codes(c) = &mut self.memory {
+            c.import(layer, b, rows, [k, v], &mut self.lengths);
+            return Ok(());
+        }
+        let (HostRows::Elements(cache), d) = (self.rows(layer)?, self.head_dim) else { return Ok(()) };
         for (i, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
             let (g, r) = (i / rows, i % rows);
             for (from, to) in [(k, cache.k_row(b, g, r)), (v, cache.v_row(b, g, r))] {
                 // SAFETY: a row of the cache holds D elements of its dtype at an aligned address, and `self` is borrowed mutably.
-                unsafe {
-                    match self.dtype {
-                        DType::BF16 => {
-                            let to = std::slice::from_raw_parts_mut(to.cast::<half::bf16>(), d);
-                            to.iter_mut().zip(from).for_each(|(t, &f)| *t = half::bf16::from_f32(f));
-                        }
-                        DType::F16 => {
-                            let to = std::slice::from_raw_parts_mut(to.cast::<half::f16>(), d);
-                            to.iter_mut().zip(from).for_each(|(t, &f)| *t = half::f16::from_f32(f));
-                        }
-                        _ => std::slice::from_raw_parts_mut(to.cast::<f32>(), d).copy_from_slice(from),
-                    }
-                }
+                unsafe { store_row(Portable, cache.dtype, from.as_ptr(), to, d) };
             }
         }
         self.lengths[b] = rows;
@@ -433,8 +444,8 @@ impl KvCache {
             for (keys, from) in [true, false].into_iter().zip(kv) {
                 for first in (0..rows).step_by(self.rows) {
                     let end = rows.min(first + self.rows);
-                    let bytes = weights::encode(&from[(g * rows + first) * d..(g * rows + end) * d], self.dtype);
-                    memory.write_at(self.offset(layer, keys, b, g, first) * self.dtype.size(), &bytes)?;
+                    let bytes = weights::encode(&from[(g * rows + first) * d..(g * rows + end) * d], self.elements);
+                    memory.write_at(self.offset(layer, keys, b, g, first) * self.elements.size(), &bytes)?;
                 }
             }
         }
@@ -456,7 +467,7 @@ impl KvCache {
     /// Memory on a GPU.
     fn device_memory(&self) -> Option<&DeviceBuffer> {
         match &self.memory {
-            Place::Host(_) => None,
+            Place::Host(_) | Place::Codes(_) => None,
             Place::Device(memory) => Some(memory),
             Place::Pages(p) => Some(p.pool.memory()),
         }
@@ -481,15 +492,20 @@ impl KvCache {
     }
 
     /// Where the CPU's kernels find a layer.
-    fn rows(&self, layer: usize) -> Result<CacheRows> {
-        let Place::Host(memory) = &self.memory else {
-            return Err(Error::invalid("the cache lies on a GPU, the block on the CPU; make both with one context"));
+    fn rows(&self, layer: usize) -> Result<HostRows> {
+        let memory = match &self.memory {
+            Place::Host(memory) => memory,
+            Place::Codes(c) => return Ok(HostRows::Codes(c.rows(layer, &self.lengths))),
+            Place::Device(_) | Place::Pages(_) => {
+                return Err(Error::invalid("the cache lies on a GPU, the block on the CPU; make both with one context"));
+            }
         };
         let (head_stride, sequence_stride, half) = self.strides();
-        let half = half * self.dtype.size();
+        let half = half * self.elements.size();
         let k = memory.as_ptr().wrapping_add(2 * layer * half);
         let v = k.wrapping_add(half);
-        Ok(CacheRows { k, v, dtype: self.dtype, sequence_stride, head_stride, row_stride: self.head_dim })
+        let (dtype, row_stride) = (self.elements, self.head_dim);
+        Ok(HostRows::Elements(CacheRows { k, v, dtype, sequence_stride, head_stride, row_stride }))
     }
 
     /// Where the kernels of the GPU that `context` has find a layer. Those of a paged cache read its table when they run: rows that they reach
@@ -503,14 +519,14 @@ impl KvCache {
             return Err(Error::invalid("the cache was made with another context than the block"));
         }
         let (head, sequence, half) = self.strides();
-        let k = memory.ptr() + (2 * layer * half * self.dtype.size()) as u64;
+        let k = memory.ptr() + (2 * layer * half * self.elements.size()) as u64;
         let (table, table_stride, page) = match &self.memory {
             Place::Pages(p) => (p.on_device.ptr(), p.table.columns() as i32, self.rows as i32),
             _ => (0, 0, self.rows as i32),
         };
         Ok(Cache {
             k,
-            v: k + (half * self.dtype.size()) as u64,
+            v: k + (half * self.elements.size()) as u64,
             table,
             sequence_stride: sequence as i64,
             head_stride: head as i64,
@@ -531,8 +547,14 @@ impl LayerCache<'_> {
     pub(crate) fn cache(&self) -> &KvCache {
         self.cache
     }
-    pub(crate) fn rows(&mut self) -> Result<CacheRows> {
+    pub(crate) fn rows(&mut self) -> Result<HostRows> {
         self.cache.rows(self.layer)
+    }
+    /// Notes that a call with `batch` has written its rows.
+    pub(crate) fn wrote(&mut self, batch: &Batch) {
+        if let Place::Codes(c) = &mut self.cache.memory {
+            c.wrote(self.layer, ends(&self.cache.lengths, batch));
+        }
     }
     pub(crate) fn device_rows(&self, context: &Context) -> Result<Cache> {
         self.cache.device_rows(self.layer, context)

@@ -29,7 +29,7 @@ pub use context::{Context, ContextOptions, Device};
 pub use kv_cache::{Batch, KvCache, LayerCache};
 pub use lawson_compiler::explain;
 pub use lawson_core::{
-    DType, Error, ErrorKind, Result, TensorMut, TensorRef,
+    CacheDType, DType, Error, ErrorKind, Result, TensorMut, TensorRef,
     data::{BlockData, BlockOutput},
     plan::BlockPlan,
     problem::{

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use lawson_core::{
-    DType, Error, ErrorKind, Result,
+    CacheDType, DType, Error, ErrorKind, Result,
     problem::{AttentionSpec, check_page_size, pages_need_a_gpu},
 };
 use lawson_cuda::DeviceBuffer;
@@ -40,8 +40,9 @@ impl PagePool {
         layers: usize,
         pages: usize,
         page_size: usize,
-        dtype: DType,
+        dtype: impl Into<CacheDType>,
     ) -> Result<Self> {
+        let dtype = dtype.into().on_gpu()?;
         let gpu = context.gpu().ok_or_else(pages_need_a_gpu)?;
         spec.validate()?;
         check_page_size(page_size)?;

@@ -61,6 +61,8 @@ fn a_warm_forward_allocates_nothing() {
     for line in [
         "block b=2 s=1 e=64 h=4/2 d=32 causal rope=half f32",
         "block b=2 s=1 e=64 h=4/2 d=32 causal window=64 rope=interleaved input_norm=1e-6 qk_norm=1e-6 bias=qkvo residual sinks bf16",
+        "block b=2 s=1 e=64 h=4/2 d=32 causal rope=half f32 kv=int8",
+        "block b=2 s=1 e=64 h=4/2 d=33 full bf16 kv=int4",
     ] {
         let problem: BlockProblem = line.parse().unwrap();
         let data = data_for(&problem, 1, Sharpness::Ordinary);

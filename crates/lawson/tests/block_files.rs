@@ -11,7 +11,7 @@ use lawson::{
     tensor_file::{StoredDType, TensorFile, write_safetensors},
 };
 use lawson_core::{
-    DType, Result,
+    CacheDType, DType, Result,
     data::{BlockData, Mask},
     problem::{
         AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling, RopeSpec, Yarn,
@@ -55,7 +55,7 @@ fn the_good_block_is_read() {
     assert_eq!(p.mask, Some(MaskShape { per_sequence: false, per_head: true }));
     assert_eq!(p.spec.biases, Biases { q: true, ..Biases::default() });
     assert_eq!(p.spec.rope, Some(RopeSpec::new(10000.0)));
-    assert_eq!((p.dtype, p.kv_dtype), (DType::F32, DType::F32));
+    assert_eq!((p.dtype, p.kv_dtype), (DType::F32, CacheDType::F32));
     assert_eq!((block.data().past_rows, block.data().cache_rows(p)), (4, 7));
     assert_eq!(block.data().x[1], -0.75);
     assert_eq!(block.stored_dtype("x"), Some(DType::F32));
@@ -328,8 +328,8 @@ fn floats_are_rounded_to_the_compute_and_cache_dtypes() {
     t.insert("input_norm.weight".into(), (StoredDType::F32, vec![6], bytes(6)));
     t.insert("q_proj.bias".into(), (StoredDType::F32, vec![16], bytes(16)));
     let file = TensorFile::from_bytes("t", pack(&t, 0)).unwrap();
-    let block = BlockFile::parse(json.to_string().as_bytes(), &file, Some(DType::BF16), Some(DType::F16)).unwrap();
-    assert_eq!((block.problem().dtype, block.problem().kv_dtype), (DType::BF16, DType::F16));
+    let block = BlockFile::parse(json.to_string().as_bytes(), &file, Some(DType::BF16), Some(CacheDType::F16)).unwrap();
+    assert_eq!((block.problem().dtype, block.problem().kv_dtype), (DType::BF16, CacheDType::F16));
     let d = block.data();
     assert_eq!(
         [d.x[0], d.k_weight[0], d.past_k[0]],
@@ -573,7 +573,8 @@ fn random_block(seed: u64) -> (BlockProblem, BlockData) {
             scaling: random_scaling(r, pairs),
         });
     }
-    let (dtype, kv_dtype) = (DType::ALL[r.below(3)], DType::ALL[r.below(3)]);
+    let (dtype, kv_dtype) = (DType::ALL[r.below(3)], CacheDType::ALL[r.below(5)]);
+    let past_dtype = kv_dtype.rounds_to(dtype);
     let past = (0..b).map(|_| r.below(p + 1)).collect();
     // Broadcast and full are the same where a dimension is 1, and read back as broadcast.
     let mask = r.maybe(|r| MaskShape { per_sequence: b > 1 && r.chance(), per_head: h > 1 && r.chance() });
@@ -598,8 +599,8 @@ fn random_block(seed: u64) -> (BlockProblem, BlockData) {
         sinks: option(r, spec.attention.sinks, h),
         alibi_slopes: option(r, spec.attention.alibi, h),
         past_rows: p,
-        past_k: r.values(b * g * p * d, kv_dtype),
-        past_v: r.values(b * g * p * d, kv_dtype),
+        past_k: r.values(b * g * p * d, past_dtype),
+        past_v: r.values(b * g * p * d, past_dtype),
         mask,
     };
     let batch = Lengths::ragged(vec![s; b], past).unwrap();

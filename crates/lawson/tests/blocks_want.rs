@@ -17,7 +17,7 @@ fn cases() -> Vec<PathBuf> {
 }
 
 fn open(case: &Path, dtype: DType) -> BlockFile {
-    BlockFile::open(case.join("block.json"), case.join("in.safetensors"), Some(dtype), Some(dtype)).unwrap()
+    BlockFile::open(case.join("block.json"), case.join("in.safetensors"), Some(dtype), Some(dtype.into())).unwrap()
 }
 
 /// Runs `block` at every level on every instruction set; y, k and v must be near `want` as `policy` says for each.

@@ -36,6 +36,11 @@ fn blocks_at_tile_edges() {
 }
 
 #[test]
+fn blocks_over_quantised_caches() {
+    blocks(&cases::quantised_cases(9, 60), 9);
+}
+
+#[test]
 fn random_blocks() {
     blocks(&cases::random_cases(7, 60), 7);
 }

@@ -8,8 +8,8 @@ use std::ptr::null_mut;
 use files::refused;
 use half::bf16;
 use lawson::{
-    Args, AttentionBlock, Batch, BlockData, BlockProblem, BlockWeights, Context, ContextOptions, DType, Device, ErrorKind,
-    KvCache, Level, MaskRef, PagePool, Tensor, TensorMut, TensorRef,
+    Args, AttentionBlock, Batch, BlockData, BlockProblem, BlockWeights, CacheDType, Context, ContextOptions, DType, Device,
+    ErrorKind, KvCache, Level, MaskRef, PagePool, Tensor, TensorMut, TensorRef,
 };
 use lawson_core::compare::{Policy, compare};
 use lawson_testkit::{
@@ -144,7 +144,10 @@ fn imported_rows_are_rounded_to_the_caches_dtype() {
     let spec = block(&context, BLOCK).spec().attention.clone();
     let values = Rng::new(3).normals(2 * 3 * 16, 1.0);
     let mut cache = KvCache::new(&context, &spec, 2, 1, 3, DType::BF16).unwrap();
-    assert_eq!((cache.dtype(), cache.layers(), cache.kv_heads(), cache.head_dim(), cache.capacity()), (DType::BF16, 2, 2, 16, 3));
+    assert_eq!(
+        (cache.dtype(), cache.layers(), cache.kv_heads(), cache.head_dim(), cache.capacity()),
+        (CacheDType::BF16, 2, 2, 16, 3)
+    );
     cache.import(1, 0, 3, &values, &values).unwrap();
     let want: Vec<f32> = values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect();
     assert_eq!(cache.export(1, 0, 3).unwrap(), (want.clone(), want));

@@ -60,7 +60,10 @@ impl Input {
         // Rows that no sequence has are poison.
         let rows = batch.max_len() + 3;
         let mut kv = |deviation: f64| {
-            let mut values = inputs::rounded(problem.kv_dtype, rng.normals(batch.sequences() * spec.kv_dim() * rows, deviation));
+            let mut values = inputs::rounded(
+                problem.kv_dtype.rounds_to(problem.dtype),
+                rng.normals(batch.sequences() * spec.kv_dim() * rows, deviation),
+            );
             for (i, head) in values.chunks_mut(rows * spec.head_dim).enumerate() {
                 let b = i / spec.kv_heads;
                 head[(batch.past()[b] + batch.new_tokens()[b]) * spec.head_dim..].fill(f32::NAN);
@@ -120,7 +123,9 @@ impl Input {
     }
 
     fn dense(&self, context: &Context, wants_lse: bool) -> (Vec<f32>, Vec<f32>) {
-        let tensor = |values: &[f32]| Tensor::from_f32(values, self.problem.kv_dtype, &self.kv_shape()).unwrap();
+        let tensor = |values: &[f32]| {
+            Tensor::from_f32(values, self.problem.kv_dtype.rounds_to(self.problem.dtype), &self.kv_shape()).unwrap()
+        };
         let (k, v) = (tensor(&self.k), tensor(&self.v));
         self.run(context, k.as_ref(), v.as_ref(), wants_lse)
     }

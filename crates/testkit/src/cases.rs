@@ -1,7 +1,7 @@
 //! Problems that cross every feature, small enough that the oracle answers at once.
 
 use lawson_core::{
-    DType,
+    CacheDType, DType,
     problem::{
         AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout, RopeScaling, RopeSpec,
         Yarn,
@@ -20,15 +20,15 @@ pub const HEAD_DIMS: [usize; 9] = [16, 32, 33, 64, 80, 96, 112, 128, 256];
 pub const HEADS: [(usize, usize); 9] = [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 2), (5, 1), (8, 1), (9, 3)];
 
 /// (compute, cache).
-pub const DTYPES: [(DType, DType); 8] = [
-    (DType::F32, DType::F32),
-    (DType::F32, DType::F32),
-    (DType::BF16, DType::BF16),
-    (DType::F16, DType::F16),
-    (DType::F32, DType::BF16),
-    (DType::F32, DType::F16),
-    (DType::BF16, DType::F16),
-    (DType::BF16, DType::F32),
+pub const DTYPES: [(DType, CacheDType); 8] = [
+    (DType::F32, CacheDType::F32),
+    (DType::F32, CacheDType::F32),
+    (DType::BF16, CacheDType::BF16),
+    (DType::F16, CacheDType::F16),
+    (DType::F32, CacheDType::BF16),
+    (DType::F32, CacheDType::F16),
+    (DType::BF16, CacheDType::F16),
+    (DType::BF16, CacheDType::F32),
 ];
 
 /// Every broadcast kind of a mask.
@@ -83,6 +83,13 @@ pub fn random_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
 pub fn paged_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
     let paged = |(problem, rows)| BlockProblem { page_size: Some(rows), ..problem };
     random_cases(seed, count).into_iter().zip(PAGE_SIZES.into_iter().cycle()).map(paged).collect()
+}
+
+/// `count` random problems over a quantised cache, of every kind in turn.
+pub fn quantised_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
+    let quantised = |(problem, kv_dtype)| BlockProblem { kv_dtype, ..problem };
+    let kinds = [CacheDType::INT8, CacheDType::INT4].into_iter().cycle();
+    random_cases(seed, count).into_iter().zip(kinds).map(quantised).collect()
 }
 
 /// A random problem that crosses at least four features.
@@ -223,7 +230,7 @@ mod tests {
 
     #[test]
     fn every_case_is_valid_and_prints_a_line_that_parses_back() {
-        for case in random_cases(1, 300).into_iter().chain(edge_cases()).chain(paged_cases(3, 30)) {
+        for case in random_cases(1, 300).into_iter().chain(edge_cases()).chain(paged_cases(3, 30)).chain(quantised_cases(4, 30)) {
             assert_eq!(case.to_string().parse::<BlockProblem>().unwrap(), case);
         }
     }

@@ -85,8 +85,8 @@ pub fn data_for(problem: &BlockProblem, seed: u64, sharpness: Sharpness) -> Bloc
     if sharp {
         plant_needles(problem, &mut data, &mut rng);
     }
-    data.past_k = rounded(problem.kv_dtype, std::mem::take(&mut data.past_k));
-    data.past_v = rounded(problem.kv_dtype, std::mem::take(&mut data.past_v));
+    data.past_k = rounded(problem.kv_dtype.rounds_to(problem.dtype), std::mem::take(&mut data.past_k));
+    data.past_v = rounded(problem.kv_dtype.rounds_to(problem.dtype), std::mem::take(&mut data.past_v));
     if sharp {
         let poison = rng.pick(&[(f32::NAN, f32::NAN), (f32::NAN, f32::NAN), (3e4, 3e4), (-3e4, 3e4), (0.0, -3e4)]);
         poison_past(batch, a.kv_dim() / d, d, data.past_rows, &mut data.past_k, &mut data.past_v, poison);

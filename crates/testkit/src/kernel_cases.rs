@@ -7,7 +7,7 @@ use lawson_core::{
 };
 
 use crate::{
-    cases::{EDGES, HEAD_DIMS, edge_cases, random_cases},
+    cases::{EDGES, HEAD_DIMS, edge_cases, quantised_cases, random_cases},
     inputs::{mask, rounded, sinks, slopes},
     rng::Rng,
 };
@@ -108,8 +108,13 @@ fn softmax(rng: &mut Rng) -> Vec<(String, KernelCase)> {
 }
 
 fn attention(decode: bool, rng: &mut Rng) -> Vec<(String, KernelCase)> {
-    let mut problems: Vec<AttentionProblem> =
-        edge_cases().iter().step_by(2).chain(&random_cases(11, 90)).map(|p| p.attention()).collect();
+    let mut problems: Vec<AttentionProblem> = edge_cases()
+        .iter()
+        .step_by(2)
+        .chain(&random_cases(11, 90))
+        .chain(&quantised_cases(13, 90))
+        .map(|p| p.attention())
+        .collect();
     if decode {
         for problem in &mut problems {
             let sequences = problem.batch.sequences();
@@ -156,8 +161,8 @@ fn attention_case(problem: AttentionProblem, rng: &mut Rng) -> KernelCase {
             k[row * d..][..d].iter_mut().zip(q).for_each(|(k, &q)| *k = (f64::from(q) * factor) as f32);
         }
     }
-    let (mut k, poison) = (rounded(problem.kv_dtype, k), rng.pick(&[f32::NAN, f32::NAN, 3e4, -3e4]));
-    v = rounded(problem.kv_dtype, v);
+    let (mut k, poison) = (rounded(problem.kv_dtype.rounds_to(problem.dtype), k), rng.pick(&[f32::NAN, f32::NAN, 3e4, -3e4]));
+    v = rounded(problem.kv_dtype.rounds_to(problem.dtype), v);
     for b in 0..batch.sequences() {
         let valid = batch.past()[b] + batch.new_tokens()[b];
         for g in 0..a.kv_heads {

@@ -8,7 +8,7 @@ use lawson_core::{
     problem::{BlockProblem, Level, RopeLayout},
 };
 use lawson_testkit::{
-    cases::{edge_cases, random_cases},
+    cases::{edge_cases, quantised_cases, random_cases},
     conformance::{Report, check_blocks, check_kernel},
 };
 
@@ -26,7 +26,7 @@ fn check(run: impl Fn(&BlockProblem, &BlockData) -> Result<BlockOutput>, cases: 
 
 #[test]
 fn the_honest_reference_passes() {
-    let cases: Vec<_> = random_cases(3, 150).into_iter().chain(edge_cases()).collect();
+    let cases: Vec<_> = random_cases(3, 150).into_iter().chain(edge_cases()).chain(quantised_cases(4, 60)).collect();
     let report = check(oracle::rounded, &cases);
     assert!(report.passed() && report.ran == 4 * cases.len(), "{report}");
 }

@@ -42,7 +42,7 @@ fn gpu_bytes(session: &Session, case: &Case) -> Result<f64> {
     let s = &case.shape;
     let (q, kv) = ((s.heads * s.head_dim) as f64, (s.kv_heads * s.head_dim) as f64);
     let (t, rows) = ((s.batch * s.seq) as f64, (s.batch * (s.past + s.seq)) as f64);
-    let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.size() as f64);
+    let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.row_bytes(s.head_dim) / (2 * s.head_dim) as f64);
     let (weights, cache) = (s.hidden as f64 * (2.0 * q + 2.0 * kv) * size, 2.0 * rows * kv * kv_size);
     let one = match case.study {
         Study::Softmax => t * s.heads as f64 * (s.past + s.seq) as f64 * 8.0,
@@ -92,7 +92,7 @@ fn bytes(session: &Session, case: &Case) -> Result<f64> {
     let s = &case.shape;
     let (q, kv) = ((s.heads * s.head_dim) as f64, (s.kv_heads * s.head_dim) as f64);
     let (t, rows) = ((s.batch * s.seq) as f64, (s.batch * (s.past + s.seq)) as f64);
-    let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.size() as f64);
+    let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.row_bytes(s.head_dim) / (2 * s.head_dim) as f64);
     let weights = s.hidden as f64 * (2.0 * q + 2.0 * kv) * (4.0 + size);
     let cache = 2.0 * rows * kv * (8.0 + kv_size);
     let projection = weights + t * (s.hidden as f64 + q + 2.0 * kv) * 12.0;

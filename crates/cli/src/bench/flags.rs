@@ -4,6 +4,9 @@ use lawson::{Error, Level, Result};
 
 use super::specs::Study;
 
+/// The flags of a shape with a cache that may hold something else than the compute type.
+const CACHED: [&str; 10] =
+    ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--kv-dtype", "--causal"];
 /// The flags of a shape.
 const SHAPE: [&str; 9] = ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"];
 
@@ -19,8 +22,8 @@ struct Takes {
 fn takes(study: Study, gpu: bool) -> Takes {
     use Level::{Maximal, Minimal, Moderate, Unfused};
     let (shape, own, levels): (&[&str], _, &[Level]) = match study {
-        Study::All | Study::Throughput => (&SHAPE, Some("--memory"), &Level::ALL),
-        Study::Block => (&SHAPE, None, &Level::ALL),
+        Study::All | Study::Throughput => (&CACHED, Some("--memory"), &Level::ALL),
+        Study::Block => (&CACHED, None, &Level::ALL),
         // Without a mask and without a past, as in the article.
         Study::Qkv => {
             (&["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"], None, &[Unfused, Minimal])
@@ -34,8 +37,8 @@ fn takes(study: Study, gpu: bool) -> Takes {
             &[Unfused, Maximal],
         ),
         Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], None, &[Unfused, Maximal]),
-        Study::Attention => (&SHAPE, None, &[Unfused, Maximal]),
-        Study::Decode => (&SHAPE, None, &[Maximal]),
+        Study::Attention => (&CACHED, None, &[Unfused, Maximal]),
+        Study::Decode => (&CACHED, None, &[Maximal]),
         Study::Kernels => (&SHAPE, Some("--neighbours"), &[Maximal]),
     };
     Takes { shape, own, levels }

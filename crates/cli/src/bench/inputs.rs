@@ -47,8 +47,8 @@ pub fn block_data(problem: &BlockProblem, seed: u64, threads: usize) -> BlockDat
         v_weight: of(3, a.kv_dim() * e, fan(e), problem.dtype),
         o_weight: of(4, e * a.q_dim(), fan(a.q_dim()), problem.dtype),
         past_rows,
-        past_k: of(5, past, 1.0, problem.kv_dtype),
-        past_v: of(6, past, 1.0, problem.kv_dtype),
+        past_k: of(5, past, 1.0, problem.kv_dtype.rounds_to(problem.dtype)),
+        past_v: of(6, past, 1.0, problem.kv_dtype.rounds_to(problem.dtype)),
         ..BlockData::default()
     }
 }

@@ -25,10 +25,10 @@ use std::{
     process::ExitCode,
 };
 
-use lawson::{Context, DType, Error, ErrorKind, Level, Result};
+use lawson::{CacheDType, Context, DType, Error, ErrorKind, Level, Result};
 
 use crate::{
-    args::{self, Global},
+    args::{self, Auto, Global},
     output, report,
 };
 use measure::Budget;
@@ -118,6 +118,9 @@ struct ShapeArgs {
     /// Compute type: f32, bf16 or f16 [default: f32]
     #[arg(long, value_name = "TYPE", conflicts_with = "preset")]
     dtype: Option<DType>,
+    /// How the cache holds keys and values: f32, bf16, f16, int8 or int4 [default: the compute type]
+    #[arg(long, value_name = "TYPE", value_parser = args::kv_dtype, conflicts_with = "preset")]
+    kv_dtype: Option<Auto<CacheDType>>,
     /// Whether a token sees only those before it [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, conflicts_with = "preset")]
     causal: Option<bool>,
@@ -135,6 +138,7 @@ impl ShapeArgs {
             ("--kv-heads", self.kv_heads.is_some()),
             ("--head-dim", self.head_dim.is_some()),
             ("--dtype", self.dtype.is_some()),
+            ("--kv-dtype", self.kv_dtype.is_some()),
             ("--causal", self.causal.is_some()),
         ];
         flags.into_iter().filter(|f| f.1).map(|f| f.0).collect()
@@ -169,7 +173,7 @@ impl ShapeArgs {
             kv_heads: self.kv_heads.unwrap_or(heads),
             head_dim,
             dtype,
-            kv_dtype: dtype,
+            kv_dtype: self.kv_dtype.and_then(|kv| kv.0).unwrap_or(dtype.into()),
             causal: self.causal.unwrap_or(true),
             rope: true,
         };
@@ -207,6 +211,9 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let context = global.context()?;
     flags::check(args.study, context.gpu().is_some(), &given, &args.levels)?;
     let shape = args.shape.shape(args.study)?;
+    if let (Some(shape), Some(_)) = (&shape, context.gpu()) {
+        shape.kv_dtype.on_gpu().map_err(|e| e.at("--kv-dtype"))?;
+    }
     check_writable(&args.out)?;
     let mut cases = match shape {
         Some(shape) => specs::explicit(args.study, shape),

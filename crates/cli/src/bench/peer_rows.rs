@@ -159,7 +159,7 @@ pub fn start_without<'a, S: AsRef<[usize]> + 'a>(
             device: session.context.device().to_string(),
             inputs: path.clone(),
         };
-        let fits = s.dtype == s.kv_dtype;
+        let fits = s.kv_dtype == s.dtype;
         let peer = if fits && session.context.gpu().is_some() {
             on_gpu(session, kind, set.forms.is_empty()).and_then(|process| Peer::join(&process, &spec))
         } else if fits {

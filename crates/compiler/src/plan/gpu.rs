@@ -27,7 +27,7 @@ impl Draft<'_> {
     /// The steps of a level.
     pub(super) fn gpu(&mut self, level: Level) {
         self.begin(None);
-        let mixed = self.problem.dtype != self.problem.kv_dtype;
+        let mixed = self.problem.kv_dtype != self.problem.dtype;
         match level {
             Level::Unfused | Level::Minimal if !mixed => self.gpu_materialised(level),
             _ => self.gpu_tiled(level),
@@ -50,7 +50,7 @@ impl Draft<'_> {
             BufferName::Q | BufferName::Attention => (product(&[t, a.q_dim()]), p.dtype),
             BufferName::K => (product(&[t, a.kv_dim()]), p.dtype),
             BufferName::QHeads | BufferName::OHeads => (product(&[b, new, a.q_dim()]), p.dtype),
-            BufferName::KHeads | BufferName::VHeads => (product(&[b, rows, a.kv_dim()]), p.kv_dtype),
+            BufferName::KHeads | BufferName::VHeads => (product(&[b, rows, a.kv_dim()]), p.kv_dtype.rounds_to(p.dtype)),
             BufferName::Scores => (product(&[b, a.heads, new, rows.next_multiple_of(8)]), DType::F32),
             BufferName::Projected => (product(&[t, p.spec.hidden_size]), DType::F32),
             BufferName::Parts => {
@@ -92,7 +92,7 @@ impl Draft<'_> {
         let (tiles, multiprocessors) = (rows.div_ceil(DECODE_ROWS), self.planner.machine.threads);
         let (heads, most) = (batch.sequences() * a.kv_heads, batch.max_len().div_ceil(LEAST_SPLIT));
         let p = self.problem;
-        if p.dtype != DType::F32 && p.dtype == p.kv_dtype && a.head_dim <= 256 {
+        if p.dtype != DType::F32 && p.kv_dtype == p.dtype && a.head_dim <= 256 {
             // One block fills a multiprocessor with copies on their way. Shares that begin and end with a head of equal lengths have
             // little to merge, which is worth a few idle multiprocessors.
             let blocks = (multiprocessors / tiles).max(1);
@@ -243,7 +243,7 @@ impl Draft<'_> {
     /// Attention alone: x is q [T, H·D], the cache has all keys and values, y is the result.
     pub(super) fn gpu_attention(&mut self, level: Level) {
         self.begin(None);
-        if level <= Level::Minimal && self.problem.dtype == self.problem.kv_dtype {
+        if level <= Level::Minimal && self.problem.kv_dtype == self.problem.dtype {
             self.gpu_materialised_attention(Operand::X, Operand::Y);
         } else {
             self.gpu_tiled_attention(Operand::X, Operand::Y);

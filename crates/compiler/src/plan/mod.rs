@@ -78,7 +78,8 @@ impl Planner<'_> {
     /// The plan of `problem` at `level`.
     ///
     /// # Errors
-    /// `InvalidInput` when the problem is not valid or a buffer is too large to address; `Unavailable` for a paged cache on a CPU.
+    /// `InvalidInput` when the problem is not valid or a buffer is too large to address; `Unavailable` for a paged cache on a CPU and for a
+    /// quantised one on a GPU.
     pub fn plan(&self, problem: &BlockProblem, level: Level) -> Result<BlockPlan> {
         self.draft(problem, level, |d| match (self.machine.kind, level) {
             (DeviceKind::Gpu, _) => d.gpu(level),
@@ -101,6 +102,9 @@ impl Planner<'_> {
         problem.validate()?;
         if self.machine.kind == DeviceKind::Cpu && problem.page_size.is_some() {
             return Err(pages_need_a_gpu());
+        }
+        if self.machine.kind == DeviceKind::Gpu {
+            problem.kv_dtype.on_gpu()?;
         }
         let mut d = Draft {
             planner: self,
@@ -254,7 +258,7 @@ impl Draft<'_> {
             }
             BufferName::Q => (rows * a.q_dim(), self.unturned()),
             BufferName::K => (rows * a.kv_dim(), self.unturned()),
-            BufferName::V => (rows * a.kv_dim(), p.dtype),
+            BufferName::V | BufferName::StagedK => (rows * a.kv_dim(), p.dtype),
             BufferName::Attention => (rows * a.q_dim(), p.dtype),
             BufferName::RopeTable => {
                 let width = p.spec.rope.as_ref().map_or(0, |r| match (r.layout, r.rotary_dim(a.head_dim)) {
@@ -362,7 +366,7 @@ impl Draft<'_> {
         let cache = |new_only: bool| {
             let rows: usize =
                 p.batch.new_tokens().iter().zip(p.batch.past()).map(|(n, past)| if new_only { *n } else { n + past }).sum();
-            (2 * rows * a.kv_dim() * p.kv_dtype.size()) as f64
+            (rows * a.kv_heads) as f64 * p.kv_dtype.row_bytes(a.head_dim)
         };
         let of = |o: &Operand, write: bool| match o {
             Operand::X | Operand::Y => t * e * p.dtype.size() as f64,
@@ -378,7 +382,15 @@ impl Draft<'_> {
                     if m.per_head { h } else { 1.0 } * if m.per_sequence { 1.0 } else { 1.0 / p.batch.sequences() as f64 };
                 pairs * share
             }),
-            Operand::Cache => cache(write) * if matches!(op, Op::Scores | Op::WeightedValues) { 0.5 } else { 1.0 },
+            Operand::Cache => {
+                // Keys or values alone; new keys reach a quantised cache in a step of their own.
+                let one = match op {
+                    Op::Scores | Op::WeightedValues | Op::QuantiseKeys => true,
+                    Op::Projection(_) | Op::Append | Op::RopeAppend => p.kv_dtype.codes().is_some(),
+                    _ => false,
+                };
+                cache(write) * if one { 0.5 } else { 1.0 }
+            }
             Operand::Buffer(name) => {
                 let (elements, dtype) = self.elements(*name);
                 let blocks = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
@@ -418,6 +430,10 @@ impl Draft<'_> {
             residual: fused && is_o && spec.residual,
             row_tile: self.row_tile(columns),
         };
+        let mut writes = writes.to_vec();
+        if self.staged(p.append && part != Part::Q) {
+            writes.push(Operand::Buffer(BufferName::StagedK));
+        }
         let mut reads = vec![reads, Operand::Weights];
         if p.append && spec.rope.is_some() {
             reads.push(Operand::Buffer(BufferName::RopeTable));
@@ -425,7 +441,30 @@ impl Draft<'_> {
         if p.residual {
             reads.push(Operand::X);
         }
-        self.step(Op::Projection(p), KernelOp::Gemm, &reads, writes, why);
+        self.step(Op::Projection(p), KernelOp::Gemm, &reads, &writes, why);
+    }
+
+    /// Whether a step that appends keys puts them aside, since the cache takes whole groups.
+    fn staged(&self, appends: bool) -> bool {
+        appends && self.problem.kv_dtype.codes().is_some()
+    }
+
+    /// A pass that appends k and v.
+    fn append(&mut self, op: Op, reads: &[Operand], writes: &[Operand], why: &str) {
+        let mut writes = [writes, &[Operand::Cache]].concat();
+        if self.staged(true) {
+            writes.push(Operand::Buffer(BufferName::StagedK));
+        }
+        self.step(op, KernelOp::Rope, reads, &writes, why);
+        self.quantise_keys();
+    }
+
+    /// The step behind one that has put keys aside.
+    fn quantise_keys(&mut self) {
+        if self.staged(true) {
+            let why = "32 rows share the scales of keys; the rows of the last group wait for the others in f32";
+            self.step(Op::QuantiseKeys, KernelOp::Rope, &[Operand::Buffer(BufferName::StagedK)], &[Operand::Cache], why);
+        }
     }
 
     /// What the epilogue of the output projection holds.
@@ -514,7 +553,7 @@ impl Draft<'_> {
             self.rope_table();
             self.step(Op::Rope, KernelOp::Rope, &[q, k, table], &[q, k], "a pass of its own at this level");
         }
-        self.step(Op::Append, KernelOp::Rope, &[k, v], &[Operand::Cache], "a copy of its own at this level");
+        self.append(Op::Append, &[k, v], &[], "a copy of its own at this level");
         let [qs, s, os, o] =
             [BufferName::QStrips, BufferName::Scores, BufferName::OStrips, BufferName::Attention].map(Operand::Buffer);
         let prefill = KernelOp::AttentionPrefill;
@@ -586,9 +625,9 @@ impl Draft<'_> {
         let [q, k, v, table] = [BufferName::Q, BufferName::K, BufferName::V, BufferName::RopeTable].map(Operand::Buffer);
         if self.problem.spec.rope.is_some() {
             self.rope_table();
-            self.step(Op::RopeAppend, KernelOp::Rope, &[q, k, v, table], &[q, Operand::Cache], "k turns on its way to the cache");
+            self.append(Op::RopeAppend, &[q, k, v, table], &[q], "k turns on its way to the cache");
         } else {
-            self.step(Op::Append, KernelOp::Rope, &[k, v], &[Operand::Cache], "no RoPE: a copy");
+            self.append(Op::Append, &[k, v], &[], "no RoPE: a copy");
         }
         self.attention();
         self.output();
@@ -599,19 +638,24 @@ impl Draft<'_> {
         let [q, o] = [BufferName::Q, BufferName::Attention].map(Operand::Buffer);
         let most = row_block(self.problem.dtype);
         let block = (self.tokens() > most).then_some(most);
-        // A query may see rows that a later row block appends only when attention is not causal.
-        let ahead = block.is_some() && !self.problem.spec.attention.causal;
+        // A query may see rows that a later row block appends when attention is not causal, and groups of keys that it finishes when
+        // they are quantised.
+        let (causal, quantised) = (self.problem.spec.attention.causal, self.problem.kv_dtype.codes().is_some());
+        let ahead = block.is_some() && (!causal || quantised);
         self.begin(block);
         self.rope_table();
         if ahead {
-            let why = format!("not causal: all keys come before the first query; {}", self.projection_epilogue(Part::Kv));
+            let first = if causal { "groups of keys are quantised" } else { "not causal: all keys come" };
+            let why = format!("{first} before the first query; {}", self.projection_epilogue(Part::Kv));
             self.projection(Part::Kv, true, Operand::X, &[Operand::Cache], &why);
+            self.quantise_keys();
             self.begin(block);
             self.rope_table();
             self.projection(Part::Q, true, Operand::X, &[q], &self.projection_epilogue(Part::Q));
         } else {
             let why = self.projection_epilogue(Part::Qkv);
             self.projection(Part::Qkv, true, Operand::X, &[q, Operand::Cache], &why);
+            self.quantise_keys();
         }
         self.attention();
         self.projection(Part::O, true, o, &[Operand::Y], &self.output_epilogue(true));
@@ -631,7 +675,7 @@ fn find(kernels: &[KernelInfo], op: KernelOp, dtype: DType) -> Option<&KernelInf
 
 /// The dtype whose kernel attends: where q and the cache differ, the one that widens both.
 fn attention_dtype(problem: &AttentionProblem) -> DType {
-    if problem.dtype == problem.kv_dtype { problem.dtype } else { DType::F32 }
+    if problem.kv_dtype == problem.dtype { problem.dtype } else { DType::F32 }
 }
 
 /// Queries of an attention work item, and the parts that keys are split into when there are too few items otherwise. A function of the

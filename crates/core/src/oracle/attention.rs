@@ -1,5 +1,7 @@
 //! Attention of one query row over the rows of a cache, and of all rows.
 
+use std::borrow::Cow;
+
 use super::number::{Number, dot};
 use crate::{
     DType, Error, Result,
@@ -136,7 +138,7 @@ pub struct AttentionInput<'a> {
     pub slopes: Option<&'a [f32]>,
 }
 
-/// Attention in f64: the result [T, H, D] and the log-sum-exp [T, H] (natural, sinks included, −∞ for a row that sees nothing).
+/// Attention in f64, over what the problem's cache gives back of k and v where it is quantised: the result [T, H, D] and the log-sum-exp [T, H] (natural, sinks included, −∞ for a row that sees nothing).
 ///
 /// # Errors
 /// `InvalidInput` when an input does not have the problem's shape.
@@ -164,7 +166,8 @@ fn run<N: Number>(problem: &AttentionProblem, input: &AttentionInput<'_>, dtype:
     }
     let bent = Bent { mask: input.mask, sinks: input.sinks, slopes: input.slopes };
     check_bent(problem, bent)?;
-    let cache = KvSlices { k: input.k, v: input.v, rows: input.rows, kv_heads: spec.kv_heads };
+    let (k, v) = through_cache(problem, input);
+    let cache = KvSlices { k: &k, v: &v, rows: input.rows, kv_heads: spec.kv_heads };
     let (mut out, mut lse) = (Vec::with_capacity(input.q.len()), Vec::with_capacity(batch.tokens() * spec.heads));
     for (t, q) in input.q.chunks_exact(spec.q_dim()).enumerate() {
         let q: Vec<N> = q.iter().map(|&v| N::from_f64(v.into())).collect();
@@ -173,6 +176,21 @@ fn run<N: Number>(problem: &AttentionProblem, input: &AttentionInput<'_>, dtype:
         lse.extend(l);
     }
     Ok((out, lse))
+}
+
+/// k and v as the problem's cache gives them back.
+fn through_cache<'a>(problem: &AttentionProblem, input: &AttentionInput<'a>) -> (Cow<'a, [f32]>, Cow<'a, [f32]>) {
+    let (mut k, mut v) = (Cow::Borrowed(input.k), Cow::Borrowed(input.v));
+    if let Some(codes) = problem.kv_dtype.codes() {
+        let (spec, batch, d) = (&problem.spec, &problem.batch, problem.spec.head_dim);
+        for (b, g) in (0..batch.sequences()).flat_map(|b| (0..spec.kv_heads).map(move |g| (b, g))) {
+            let start = (b * spec.kv_heads + g) * input.rows * d;
+            let rows = start..start + (batch.past()[b] + batch.new_tokens()[b]) * d;
+            codes.keys_through_codes(&mut k.to_mut()[rows.clone()], d);
+            codes.values_through_codes(&mut v.to_mut()[rows], d);
+        }
+    }
+    (k, v)
 }
 
 pub(super) fn check_len(name: &str, data: &[f32], len: usize) -> Result<()> {

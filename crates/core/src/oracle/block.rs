@@ -6,7 +6,7 @@ use super::{
     ops::{norm_row, project_row, rope_row},
 };
 use crate::{
-    DType, Error, Result,
+    CacheDType, DType, Error, Result,
     data::{BlockData, BlockOutput},
     problem::{AttentionProblem, BlockProblem, RopeFrequencies},
 };
@@ -20,7 +20,7 @@ pub struct BlockRows<'a, N> {
     rope: Option<RopeFrequencies>,
     /// What intermediates are rounded to, and the cache after that; nothing is rounded when `None`.
     compute: Option<DType>,
-    cache: Option<DType>,
+    cache: Option<CacheDType>,
     number: std::marker::PhantomData<N>,
 }
 
@@ -39,13 +39,21 @@ pub struct OracleOutput {
 }
 
 /// The block as an honest implementation at the problem's dtypes computes it: f32 accumulation; h, q, k, v, p, o and y each rounded
-/// once to the compute dtype, k and v then to the cache's.
+/// once to the compute dtype, k and v then to the cache's, quantised where that is.
 ///
 /// # Errors
 /// As [`Oracle::new`].
 pub fn rounded(problem: &BlockProblem, data: &BlockData) -> Result<BlockOutput> {
     let (y, k, v) = BlockRows::<f32>::make(problem, data, Some(problem.dtype), Some(problem.kv_dtype))?.all_rows();
     Ok(BlockOutput { y, k, v })
+}
+
+/// y as [`rounded`] computes it, over the caches `k` and `v` [B, G, P + S, D] that a call has left.
+///
+/// # Errors
+/// As [`Oracle::y_over_cache`].
+pub fn rounded_over_cache(problem: &BlockProblem, data: &BlockData, k: &[f32], v: &[f32]) -> Result<Vec<f32>> {
+    BlockRows::<f32>::make(problem, data, Some(problem.dtype), Some(problem.kv_dtype))?.y_over(k, v)
 }
 
 impl<'a> Oracle<'a> {
@@ -62,10 +70,19 @@ impl<'a> Oracle<'a> {
         let (y, k, v) = self.all_rows();
         OracleOutput { y, k, v }
     }
+
+    /// y [T, E] over the caches `k` and `v` [B, G, P + S, D] that a call has left: what a quantised cache makes of keys and values is no
+    /// error of the attention over it.
+    ///
+    /// # Errors
+    /// `InvalidInput` when k or v do not have that shape.
+    pub fn y_over_cache(&self, k: &[f32], v: &[f32]) -> Result<Vec<f64>> {
+        self.y_over(k, v)
+    }
 }
 
 impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
-    fn make(problem: &'a BlockProblem, data: &'a BlockData, compute: Option<DType>, cache: Option<DType>) -> Result<Self> {
+    fn make(problem: &'a BlockProblem, data: &'a BlockData, compute: Option<DType>, cache: Option<CacheDType>) -> Result<Self> {
         problem.validate()?;
         check_data(problem, data)?;
         let head_dim = problem.spec.attention.head_dim;
@@ -107,13 +124,14 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
         q.into_iter().map(|v| store(v, self.compute)).collect()
     }
 
-    /// The key, normed and rotated, and the value of token `t`, each [G·D].
+    /// The key, normed and rotated, and the value of token `t`, each [G·D]; not quantised.
     pub fn kv_row(&self, t: usize) -> (Vec<N>, Vec<N>) {
         let h = self.h_row(t);
         let mut k = project_row(&h, &self.data.k_weight, self.data.k_bias.as_deref());
         self.norm_and_turn(t, &mut k, self.data.k_norm.as_ref());
         let v = project_row(&h, &self.data.v_weight, self.data.v_bias.as_deref());
-        let append = |row: Vec<N>| row.into_iter().map(|v| store(store(v, self.compute), self.cache)).collect();
+        let elements = self.cache.and_then(CacheDType::elements);
+        let append = |row: Vec<N>| row.into_iter().map(|v| store(store(v, self.compute), elements)).collect();
         (append(k), append(v))
     }
 
@@ -160,10 +178,38 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
                 v[to..to + d].copy_from_slice(&new_v[g * d..(g + 1) * d]);
             }
         }
-        let cache = KvSlices { k: &k, v: &v, rows, kv_heads: a.kv_heads };
-        let y = (0..batch.tokens()).flat_map(|t| self.output_row(t, &self.attend_row(t, &self.q_row(t), &cache))).collect();
-        (y, k, v)
+        if let Some(codes) = self.cache.and_then(CacheDType::codes) {
+            for (b, g) in (0..batch.sequences()).flat_map(|b| (0..a.kv_heads).map(move |g| (b, g))) {
+                let rows = at(b, g, 0)..at(b, g, batch.past()[b] + batch.new_tokens()[b]);
+                through(&mut k[rows.clone()], |rows| codes.keys_through_codes(rows, d));
+                through(&mut v[rows], |rows| codes.values_through_codes(rows, d));
+            }
+        }
+        (self.y_rows(&KvSlices { k: &k, v: &v, rows, kv_heads: a.kv_heads }), k, v)
     }
+
+    /// y of every row, over `cache`.
+    fn y_rows(&self, cache: &impl CacheRows<N>) -> Vec<N> {
+        let tokens = 0..self.problem.batch.tokens();
+        tokens.flat_map(|t| self.output_row(t, &self.attend_row(t, &self.q_row(t), cache))).collect()
+    }
+
+    /// y of every row over the caches `k` and `v` [B, G, P + S, D].
+    fn y_over(&self, k: &[f32], v: &[f32]) -> Result<Vec<N>> {
+        let a = &self.problem.spec.attention;
+        let rows = self.data.cache_rows(self.problem);
+        let len = self.problem.batch.sequences() * a.kv_dim() * rows;
+        check_len("k", k, len)?;
+        check_len("v", v, len)?;
+        Ok(self.y_rows(&KvSlices { k, v, rows, kv_heads: a.kv_heads }))
+    }
+}
+
+/// Replaces numbers by what `f` makes of them in f32.
+fn through<N: Number>(numbers: &mut [N], f: impl FnOnce(&mut [f32])) {
+    let mut narrow: Vec<f32> = numbers.iter().map(|x| x.to_f64() as f32).collect();
+    f(&mut narrow);
+    numbers.iter_mut().zip(narrow).for_each(|(x, narrow)| *x = N::from_f64(narrow.into()));
 }
 
 fn bent(data: &BlockData) -> Bent<'_> {

@@ -10,6 +10,6 @@ mod number;
 mod ops;
 
 pub use attention::{AttentionInput, CacheRows, KvSlices, attention, attention_rounded};
-pub use block::{BlockRows, Oracle, OracleOutput, rounded};
+pub use block::{BlockRows, Oracle, OracleOutput, rounded, rounded_over_cache};
 pub use number::Number;
 pub use ops::{gemm, rms_norm, rope, softmax};

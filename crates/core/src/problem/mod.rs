@@ -11,7 +11,7 @@ pub use real::Real;
 pub use rope::{RopeFrequencies, RopeLayout, RopeScaling, RopeSpec, Yarn};
 pub use spec::{AttentionSpec, Biases, BlockSpec};
 
-use crate::{DType, Error, ErrorKind, Result};
+use crate::{CacheDType, DType, Error, ErrorKind, Result};
 
 /// New tokens and valid past rows of every sequence of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -107,8 +107,8 @@ pub struct BlockProblem {
     pub mask: Option<MaskShape>,
     /// Compute dtype: of weights, x, y and the buffers between steps.
     pub dtype: DType,
-    /// Dtype of the cache.
-    pub kv_dtype: DType,
+    /// How the cache holds its elements.
+    pub kv_dtype: CacheDType,
     /// Rows of a page where the cache lies in pages, one of [`PAGE_SIZES`]; contiguous when `None`.
     pub page_size: Option<usize>,
 }
@@ -125,8 +125,8 @@ pub struct AttentionProblem {
     pub mask: Option<MaskShape>,
     /// Dtype of q and of the result.
     pub dtype: DType,
-    /// Dtype of k and v.
-    pub kv_dtype: DType,
+    /// How k and v are held.
+    pub kv_dtype: CacheDType,
 }
 
 /// Rows that a page of a paged cache may have: powers of two, as kernels divide by them.
@@ -155,7 +155,7 @@ const MAX_BYTES: u128 = 1 << 46;
 impl BlockProblem {
     /// A problem without an arbitrary mask, its cache contiguous and in the compute dtype.
     pub fn new(spec: BlockSpec, batch: Lengths, dtype: DType) -> Self {
-        BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype, page_size: None }
+        BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype.into(), page_size: None }
     }
 
     /// The attention of this block.
@@ -196,14 +196,14 @@ impl BlockProblem {
         let (t, e) = (self.batch.tokens(), self.spec.hidden_size);
         let rows: usize = (0..self.batch.sequences()).map(|b| self.batch.past[b] + self.batch.new[b]).sum();
         ((e * (a.qkv_dim() + a.q_dim()) + 2 * t * e) * self.dtype.size()) as f64
-            + (2 * rows * a.kv_dim() * self.kv_dtype.size()) as f64
+            + (rows * a.kv_heads) as f64 * self.kv_dtype.row_bytes(a.head_dim)
     }
 }
 
 impl AttentionProblem {
     /// A problem without an arbitrary mask, k and v in the same dtype as q.
     pub fn new(spec: AttentionSpec, batch: Lengths, dtype: DType) -> Self {
-        AttentionProblem { spec, batch, mask: None, dtype, kv_dtype: dtype }
+        AttentionProblem { spec, batch, mask: None, dtype, kv_dtype: dtype.into() }
     }
 
     /// Checks every range and that no size overflows.

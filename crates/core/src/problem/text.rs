@@ -9,7 +9,7 @@ use super::{
     AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling,
     RopeSpec, Yarn,
 };
-use crate::{DType, Error, Result};
+use crate::{CacheDType, DType, Error, Result};
 
 /// Most sequences that a line may ask for; bounds what parsing allocates.
 const MAX_SEQUENCES: usize = 1 << 20;
@@ -62,7 +62,7 @@ fn write_attention(f: &mut fmt::Formatter<'_>, a: &AttentionSpec, mask: Option<M
     })
 }
 
-fn write_dtypes(f: &mut fmt::Formatter<'_>, dtype: DType, kv: DType) -> fmt::Result {
+fn write_dtypes(f: &mut fmt::Formatter<'_>, dtype: DType, kv: CacheDType) -> fmt::Result {
     write!(f, " {dtype}")?;
     if kv == dtype { Ok(()) } else { write!(f, " kv={kv}") }
 }
@@ -219,7 +219,7 @@ struct Fields {
     biases: Option<Biases>,
     rope: Option<RopeSpec>,
     dtype: Option<DType>,
-    kv: Option<DType>,
+    kv: Option<CacheDType>,
     page: Option<usize>,
 }
 
@@ -366,7 +366,7 @@ impl FromStr for BlockProblem {
             rope: fields.rope.clone(),
             biases: fields.biases.unwrap_or_default(),
         };
-        let kv_dtype = fields.kv.unwrap_or(dtype);
+        let kv_dtype = fields.kv.unwrap_or(dtype.into());
         let batch = fields.batch()?;
         let problem = BlockProblem { spec, batch, mask: fields.mask, dtype, kv_dtype, page_size: fields.page };
         problem.validate()?;
@@ -380,7 +380,7 @@ impl FromStr for AttentionProblem {
     fn from_str(line: &str) -> Result<Self> {
         let fields = Fields::parse(line, "attention", ATTENTION_TOKENS)?;
         let dtype = fields.dtype.unwrap_or(DType::F32);
-        let kv_dtype = fields.kv.unwrap_or(dtype);
+        let kv_dtype = fields.kv.unwrap_or(dtype.into());
         let problem = AttentionProblem { spec: fields.attention()?, batch: fields.batch()?, mask: fields.mask, dtype, kv_dtype };
         problem.validate()?;
         Ok(problem)

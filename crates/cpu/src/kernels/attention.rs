@@ -6,7 +6,10 @@ use std::ops::Range;
 
 use lawson_core::problem::AttentionSpec;
 
-use super::rows::{CacheRows, Rows, store_row};
+use super::{
+    codes::Cache,
+    rows::{Rows, store_row},
+};
 use crate::simd::Simd;
 
 /// log₂ e: scores are kept in base 2.
@@ -41,7 +44,7 @@ pub struct Attention<'a> {
     /// [rows of the block, H·D].
     pub q: Rows,
     /// The cache, new rows included.
-    pub cache: CacheRows,
+    pub cache: Cache,
     /// [rows of the block, H·D].
     pub out: Rows,
     /// Natural log-sum-exp, [rows of the block, H].
@@ -104,7 +107,7 @@ impl Attention<'_> {
 
     /// Parts of a sequence.
     pub fn parts_of(&self, sequence: usize) -> usize {
-        self.split.map_or(1, |s| (self.past[sequence] + self.new[sequence]).div_ceil(s))
+        self.split.map_or(1, |s| self.len(sequence).div_ceil(s))
     }
 
     /// Work items.
@@ -135,9 +138,15 @@ impl Attention<'_> {
         unreachable!("attention item past the last")
     }
 
+    /// Rows of a sequence, the new ones included.
+    #[inline(always)]
+    pub fn len(&self, sequence: usize) -> usize {
+        self.past[sequence] + self.new[sequence]
+    }
+
     /// Rows of the cache that the query at `index` of `sequence` may see in `part`.
     pub fn visible(&self, sequence: usize, index: usize, part: usize) -> Range<usize> {
-        let seen = self.spec.visible_range(self.past[sequence] + index, self.past[sequence] + self.new[sequence]);
+        let seen = self.spec.visible_range(self.past[sequence] + index, self.len(sequence));
         let (lo, hi) = self.split.map_or((0, usize::MAX), |s| (part * s, (part + 1) * s));
         let end = seen.end.min(hi).max(lo);
         seen.start.clamp(lo, end)..end

@@ -4,17 +4,19 @@
 //! less than the processor's operations for each byte that a read loop gets. Some keys at a time, so that they and their values
 //! stay in first-level cache while the heads take turns at them; each phase fetches the next rows of what it reads. Scores are
 //! dot products along D, LANES of them summed across their lanes at once, and stand as [keys, heads], so that the heads' softmax is one;
-//! values stand in the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time.
+//! values stand in the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time. Codes of a quantised cache become f32 once for
+//! all heads, a tile at a time.
 
-use lawson_core::problem::AttentionSpec;
+use lawson_core::{CacheDType, DType, problem::AttentionSpec};
 
 use super::{
     attention::{Attention, LOG2_E, finish},
+    codes::Cache,
     rows::{CacheRows, load_row, with_elem},
 };
 use crate::{
     math::{exp2, tanh},
-    simd::{Elem, ScoreTile, Simd},
+    simd::{Elem, Load, ScoreTile, Simd},
 };
 
 /// Bytes of a tile's keys: they, the tile's values, and the keys and values behind them that are fetched on the way are a first-level cache.
@@ -31,11 +33,12 @@ fn tile_keys(row_bytes: usize) -> usize {
 /// Keys that scores are computed for behind the last one at most: LANES / R of them are summed up at once.
 const SPARE: usize = 16;
 
-/// f32 of scratch of a decode item.
-pub fn scratch_len(spec: &AttentionSpec, lanes: usize) -> usize {
+/// f32 of scratch of a decode item over a cache of `kv_dtype`.
+pub fn scratch_len(spec: &AttentionSpec, kv_dtype: CacheDType, lanes: usize) -> usize {
     let width = spec.head_dim.next_multiple_of(lanes);
     let group = spec.group();
-    group * (2 * width + 3) + (TILE + SPARE) * group + TILE * width
+    let keys = kv_dtype.codes().map_or(0, |_| TILE * width);
+    group * (2 * width + 3) + (TILE + SPARE) * group + TILE * width + keys
 }
 
 /// Computes one work item: all heads of a group over one part of the keys.
@@ -54,12 +57,17 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
     let m = values.wrapping_add(TILE * width);
     let l = m.wrapping_add(group);
     let alpha = l.wrapping_add(group);
+    let keys = alpha.wrapping_add(group);
+    // What the tiles are of: rows of the cache, or of `keys` and `values`, which codes are expanded into.
+    let (dtype, stride, expanded) = match &a.cache {
+        Cache::Elements(c) => (c.dtype, c.row_stride, false),
+        Cache::Codes(_) => (DType::F32, width, true),
+    };
     let (factor, cap) = a.factors();
     let position = a.past[b] + item.queries.start;
     let seen = a.visible(b, item.queries.start, item.part);
-    let even_odd = with_elem!(a.cache.dtype, T => T::EVEN_ODD);
-    let bytes = a.cache.row_stride * a.cache.dtype.size();
-    let tile = tile_keys(d * a.cache.dtype.size());
+    let even_odd = with_elem!(dtype, T => T::EVEN_ODD);
+    let tile = tile_keys(d * dtype.size());
     // SAFETY: the caller's; the carving above is what `scratch_len` counts.
     unsafe {
         for r in 0..group {
@@ -82,10 +90,14 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
         while start < seen.end {
             let end = (start / tile * tile + tile).min(seen.end);
             let n = end - start;
-            let k = a.cache.k_row(b, item.kv_head, start);
+            let mut k = a.cache.k_row(b, item.kv_head, start);
             let v = a.cache.v_row(b, item.kv_head, start);
+            if expanded {
+                a.cache.load_keys(s, [b, item.kv_head], start..end, a.len(b), d, keys, width);
+                k = keys.cast();
+            }
             // The last tile has none behind it, so that it fetches what it has.
-            let ahead = if end < seen.end { n * bytes } else { 0 };
+            let ahead = if end < seen.end && !expanded { n * stride * dtype.size() } else { 0 };
             let (next_k, next_v) = (k.wrapping_add(ahead), v.wrapping_add(ahead));
             let mut r = 0;
             macro_rules! attend {
@@ -93,12 +105,12 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                     let keys = S::LANES / $heads;
                     let at = |r: usize, j: usize| p.wrapping_add(j * $heads + r);
                     let (q, acc) = (q.add(r * width), acc.add(r * width));
-                    with_elem!(a.cache.dtype, T => {
-                        let (k, next) = (k.cast::<T>().cast_const(), next_k.cast::<T>().cast_const());
+                    with_elem!(dtype, T => {
+                        let (k, next) = (k.cast::<T>(), next_k.cast::<T>());
                         if r == 0 {
-                            scores::<S, T, $heads, true>(s, q, d, k, a.cache.row_stride, n, p, next);
+                            scores::<S, T, $heads, true>(s, q, d, k, stride, n, p, next);
                         } else {
-                            scores::<S, T, $heads, false>(s, q, d, k, a.cache.row_stride, n, p, k);
+                            scores::<S, T, $heads, false>(s, q, d, k, stride, n, p, k);
                         }
                     });
                     if let Some(cap) = cap {
@@ -126,13 +138,13 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                         }
                     }
                     if softmax(s, p, n.next_multiple_of(keys) * $heads, $heads, m.add(r), l.add(r), alpha) {
-                        if d == width {
-                            with_elem!(a.cache.dtype, T => {
-                                let (v, next) = (v.cast::<T>().cast_const(), next_v.cast::<T>().cast_const());
+                        if d == width && !expanded {
+                            with_elem!(dtype, T => {
+                                let (v, next) = (v.cast::<T>(), next_v.cast::<T>());
                                 if r == 0 {
-                                    weigh::<S, T, $heads, true>(s, p, n, v, a.cache.row_stride, acc, alpha, width, next);
+                                    weigh::<S, T, $heads, true>(s, p, n, v, stride, acc, alpha, width, next);
                                 } else {
-                                    weigh::<S, T, $heads, false>(s, p, n, v, a.cache.row_stride, acc, alpha, width, v);
+                                    weigh::<S, T, $heads, false>(s, p, n, v, stride, acc, alpha, width, v);
                                 }
                             });
                         } else {
@@ -143,11 +155,11 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                     r += $heads;
                 }};
             }
-            if d != width {
+            if d != width || expanded {
                 // Whole vectors would reach past the last row, so that odd widths go through padded rows.
                 for j in 0..n {
                     s.store(values.add(j * width + width - S::LANES), s.splat(0.0));
-                    load_row(s, a.cache.dtype, v.add(j * bytes), values.add(j * width), d);
+                    a.cache.load_value(s, [b, item.kv_head], start + j, d, values.add(j * width));
                 }
             }
             while r < group {

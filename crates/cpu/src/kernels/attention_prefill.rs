@@ -9,11 +9,12 @@
 
 use std::ops::Range;
 
-use lawson_core::{DType, problem::AttentionSpec};
+use lawson_core::{CacheDType, DType, problem::AttentionSpec};
 
 use super::{
     attention::{Attention, Item, LOG2_E, finish},
     attention_prefill_bf16,
+    codes::Cache,
     rows::{CacheRows, Rows, load_row},
     tile::query_tile,
 };
@@ -59,7 +60,7 @@ struct Layout {
 
 impl Layout {
     #[inline(always)]
-    fn new(spec: &AttentionSpec, kv_dtype: DType, query_tile: usize, lanes: usize) -> Layout {
+    fn new(spec: &AttentionSpec, kv_dtype: CacheDType, query_tile: usize, lanes: usize) -> Layout {
         let strip = VECTORS * lanes;
         let strips = (query_tile * spec.group()).div_ceil(strip);
         let depth = spec.head_dim.next_multiple_of(lanes.max(8));
@@ -68,13 +69,13 @@ impl Layout {
         let scores = state + strips * state_len;
         let v = scores + KEYS * strip;
         let k = v + PANEL * depth;
-        let rows = k + (8 + if kv_dtype == DType::F32 { 0 } else { KEYS }) * depth;
+        let rows = k + (8 + if kv_dtype == CacheDType::F32 { 0 } else { KEYS }) * depth;
         Layout { depth, strips, state, state_len, scores, v, k, rows, len: rows + (lanes * depth).max(2 * lanes * lanes) }
     }
 }
 
 /// f32 of scratch of a prefill item of `kernels` whose result is `dtype`.
-pub fn scratch_len(spec: &AttentionSpec, dtype: DType, kv_dtype: DType, query_tile: usize, kernels: &Kernels) -> usize {
+pub fn scratch_len(spec: &AttentionSpec, dtype: DType, kv_dtype: CacheDType, query_tile: usize, kernels: &Kernels) -> usize {
     if attention_prefill_bf16::applies(kernels.dot_rows, dtype, kv_dtype) {
         return attention_prefill_bf16::scratch_len(spec, query_tile);
     }
@@ -170,13 +171,13 @@ impl Lanes {
 #[inline(always)]
 pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, scratch: *mut f32) {
     let item = a.item(item);
-    if attention_prefill_bf16::applies(S::DOT_ROWS, a.out.dtype, a.cache.dtype) {
+    if attention_prefill_bf16::applies(S::DOT_ROWS, a.out.dtype, a.cache.dtype()) {
         // SAFETY: the caller's.
         return unsafe { attention_prefill_bf16::attend(s, a, &item, scratch) };
     }
     let (d, b) = (a.spec.head_dim, item.sequence);
     let lanes = Lanes::new(a, &item);
-    let layout = Layout::new(a.spec, a.cache.dtype, item.queries.len(), S::LANES);
+    let layout = Layout::new(a.spec, a.cache.dtype(), item.queries.len(), S::LANES);
     let at = |offset: usize| scratch.wrapping_add(offset);
     let strip_at = |i: usize| scratch.wrapping_add(i * STRIP).cast::<Strip>();
 
@@ -191,17 +192,15 @@ pub unsafe fn attention_prefill<S: Simd>(s: S, a: &Attention<'_>, item: usize, s
         let mut t = start / KEYS;
         while t * KEYS < end {
             let rows = (t * KEYS).max(start)..((t + 1) * KEYS).min(end);
-            let k_row = a.cache.k_row(b, item.kv_head, rows.start);
-            let bytes = a.cache.row_stride * a.cache.dtype.size();
-            let v_row = a.cache.v_row(b, item.kv_head, rows.start);
-            pack_values(s, a, rows.len(), v_row, at(layout.v), at(layout.rows));
-            let (k, stride) = if a.cache.dtype == DType::F32 {
-                (k_row.cast::<f32>().cast_const(), a.cache.row_stride)
-            } else {
-                for j in 0..rows.len() {
-                    load_row(s, a.cache.dtype, k_row.add(j * bytes), at(layout.k + j * layout.depth), d);
+            let (head, bytes) = ([b, item.kv_head], a.cache.row_bytes());
+            let (k_row, v_row) = (a.cache.k_row(b, item.kv_head, rows.start), a.cache.v_row(b, item.kv_head, rows.start));
+            pack_values(s, a, head, &rows, at(layout.v), at(layout.rows));
+            let (k, stride) = match &a.cache {
+                Cache::Elements(c) if c.dtype == DType::F32 => (k_row.cast::<f32>(), c.row_stride),
+                cache => {
+                    cache.load_keys(s, head, rows.clone(), a.len(b), d, at(layout.k), layout.depth);
+                    (at(layout.k).cast_const(), layout.depth)
                 }
-                (at(layout.k).cast_const(), layout.depth)
             };
             for i in 0..layout.strips {
                 let strip = &*strip_at(i);
@@ -311,22 +310,21 @@ unsafe fn prepare<S: Simd>(
     strip
 }
 
-/// `n` rows of V in panels [panel, PANEL, QUERY_ROWS], the last one padded with zeros.
+/// `rows` of V in panels [panel, PANEL, QUERY_ROWS], the last one padded with zeros.
 #[inline(always)]
-unsafe fn pack_values<S: Simd>(s: S, a: &Attention<'_>, n: usize, v: *const u8, packed: *mut f32, row: *mut f32) {
-    let (d, size) = (a.spec.head_dim, a.cache.dtype.size());
+unsafe fn pack_values<S: Simd>(s: S, a: &Attention<'_>, head: [usize; 2], rows: &Range<usize>, packed: *mut f32, row: *mut f32) {
+    let d = a.spec.head_dim;
+    let whole = a.cache.dtype() == CacheDType::F32 && d.is_multiple_of(S::QUERY_ROWS);
     // SAFETY: the caller's; `row` holds D up to whole vectors.
     unsafe {
         for j in (0..d.next_multiple_of(S::QUERY_ROWS)).step_by(S::LANES) {
             s.store(row.add(j), s.splat(0.0));
         }
-        for i in 0..n {
-            let v = v.add(i * a.cache.row_stride * size);
-            let whole = a.cache.dtype == DType::F32 && d.is_multiple_of(S::QUERY_ROWS);
+        for i in 0..rows.len() {
             let from = if whole {
-                v.cast::<f32>()
+                a.cache.v_row(head[0], head[1], rows.start + i).cast::<f32>()
             } else {
-                load_row(s, a.cache.dtype, v, row, d);
+                a.cache.load_value(s, head, rows.start + i, d, row);
                 row.cast_const()
             };
             for j in (0..d).step_by(S::QUERY_ROWS) {
@@ -502,7 +500,7 @@ unsafe fn attend_strip<S: Simd>(
     unsafe {
         for i in (0..n).step_by(S::QUERY_ROWS) {
             let (mut k, mut stride) = (keys.k.add(i * keys.stride), keys.stride);
-            if i + S::QUERY_ROWS > n && a.cache.dtype == DType::F32 {
+            if i + S::QUERY_ROWS > n && a.cache.dtype() == CacheDType::F32 {
                 for j in 0..S::QUERY_ROWS {
                     // Rows past the last are not this sequence's: the last one stands for them.
                     std::ptr::copy_nonoverlapping(k.add(j.min(n - 1 - i) * stride), k_rest.add(j * d), d);

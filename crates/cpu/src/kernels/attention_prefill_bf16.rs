@@ -5,7 +5,7 @@
 //! 1024 operations a cycle and D = 128 the exponential takes longer than both products.
 
 use half::bf16;
-use lawson_core::{DType, problem::AttentionSpec};
+use lawson_core::{CacheDType, DType, problem::AttentionSpec};
 
 use super::{
     attention::{Attention, Item, finish},
@@ -18,8 +18,8 @@ use crate::{
 };
 
 /// Whether this kernel computes an item, on an instruction set with tiles of `dot_rows`.
-pub const fn applies(dot_rows: usize, dtype: DType, kv_dtype: DType) -> bool {
-    dot_rows > 0 && matches!((dtype, kv_dtype), (DType::BF16, DType::BF16))
+pub const fn applies(dot_rows: usize, dtype: DType, kv_dtype: CacheDType) -> bool {
+    dot_rows > 0 && matches!((dtype, kv_dtype), (DType::BF16, CacheDType::BF16))
 }
 
 /// Lanes of a vector: this kernel's instruction sets have 512 bits.
@@ -93,13 +93,13 @@ pub unsafe fn attend<S: Simd>(s: S, a: &Attention<'_>, item: &Item, scratch: *mu
             (start, end) = (start.min(strip.start), end.max(strip.end));
             strip_at(i).write(strip);
         }
-        let row_bytes = a.cache.row_stride * 2;
+        let row_bytes = a.cache.row_bytes();
         let mut t = start / KEYS;
         while t * KEYS < end {
             let rows = (t * KEYS).max(start)..((t + 1) * KEYS).min(end);
             let v_row = a.cache.v_row(b, item.kv_head, rows.start);
-            transpose_values(s, d, rows.len(), v_row.cast(), a.cache.row_stride, at(layout.v), at(layout.rows));
-            let (mut k, mut k_stride) = (a.cache.k_row(b, item.kv_head, rows.start).cast_const(), row_bytes);
+            transpose_values(s, d, rows.len(), v_row.cast(), row_bytes / 2, at(layout.v), at(layout.rows));
+            let (mut k, mut k_stride) = (a.cache.k_row(b, item.kv_head, rows.start), row_bytes);
             if layout.depth != d {
                 (k, k_stride) = pad_rows(k, k_stride, rows.len(), d, at(layout.k).cast());
             }

@@ -11,9 +11,10 @@ use half::bf16;
 use lawson_core::{DType, problem::RopeLayout};
 
 use super::{
+    codes::CodeRows,
     norm::{inverse_rms, normalize},
     rope::rotate,
-    rows::{CacheRows, Place, Rows, load_row, load_vector, places, store_row, with_elem},
+    rows::{CacheRows, Place, Rows, load_row, load_vector, places, round_row, store_row, with_elem},
     tile::{Tile, UNROLL, column_fetching},
 };
 use crate::simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Elem, Simd};
@@ -178,6 +179,8 @@ pub enum HeadsTo {
     CacheK(CacheRows),
     /// The values of the cache.
     CacheV(CacheRows),
+    /// The values of a quantised cache, rounded to the dtype first.
+    CodesV(CodeRows, DType),
 }
 
 /// Rows of the table that `kernels::rope` describes.
@@ -426,6 +429,10 @@ pub unsafe fn finish_head<S: Simd>(s: S, h: &Heads<'_>, c: *mut f32, head: usize
             HeadsTo::Rows(to) => (to.at(row, head * h.head_dim), to.dtype),
             HeadsTo::CacheK(cache) => (cache.k_row(place.sequence, head, place.position), cache.dtype),
             HeadsTo::CacheV(cache) => (cache.v_row(place.sequence, head, place.position), cache.dtype),
+            HeadsTo::CodesV(cache, dtype) => {
+                round_row(s, dtype, c, h.head_dim);
+                return cache.append_values(place.sequence, head, place.position, c);
+            }
         };
         store_row(s, dtype, c, to, h.head_dim);
     }

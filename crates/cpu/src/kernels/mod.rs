@@ -6,6 +6,7 @@ pub mod attention;
 pub mod attention_decode;
 pub mod attention_prefill;
 pub mod attention_prefill_bf16;
+pub mod codes;
 pub mod gemm;
 pub mod norm;
 pub mod rope;

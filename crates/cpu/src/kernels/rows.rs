@@ -97,6 +97,27 @@ pub unsafe fn store_row<S: Simd>(s: S, dtype: DType, src: *const f32, dst: *mut 
     with_elem!(dtype, T => unsafe { typed::<S, T>(s, src, dst.cast(), n) })
 }
 
+/// Rounds `n` f32 to `dtype`, in place.
+/// # Safety
+/// `row` is readable and writable as `n` f32.
+#[inline(always)]
+pub unsafe fn round_row<S: Simd>(s: S, dtype: DType, row: *mut f32, n: usize) {
+    #[inline(always)]
+    unsafe fn typed<S: Simd, T: Elem>(s: S, row: *mut f32, n: usize) {
+        let mut narrow = [T::from_f32(0.0); 16];
+        for i in (0..n).step_by(S::LANES) {
+            let count = S::LANES.min(n - i);
+            // SAFETY: the caller's; LANES ≤ 16.
+            unsafe {
+                T::store(s, narrow.as_mut_ptr(), s.load_n(row.add(i), count));
+                s.store_n(row.add(i), T::load(s, narrow.as_ptr()), count);
+            }
+        }
+    }
+    // SAFETY: the caller's.
+    with_elem!(dtype, T => unsafe { typed::<S, T>(s, row, n) })
+}
+
 /// Converts the first `n` elements of row 0.
 /// # Safety
 /// `from` is readable and `to` writable as a row of `n` elements.

@@ -8,6 +8,7 @@ use lawson_core::DType;
 use super::{
     attention::{Attention, LOG2_E},
     attention_prefill_bf16::{self, V_STRIDE, pad_rows, transpose_values},
+    codes::Cache,
     rows::{CacheRows, load_row, store_row},
     tile::{Tile, column},
 };
@@ -172,19 +173,6 @@ pub unsafe fn transpose_o<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *
     }
 }
 
-/// Rows of a tile of the cache as f32: where they lie, or converted into `scratch`; with their stride.
-#[inline(always)]
-unsafe fn tile_f32<S: Simd>(s: S, c: &CacheRows, start: *const u8, n: usize, d: usize, scratch: *mut f32) -> (*const f32, usize) {
-    if c.dtype == DType::F32 {
-        return (start.cast(), c.row_stride);
-    }
-    for j in 0..n {
-        // SAFETY: the caller's; scratch holds a tile.
-        unsafe { load_row(s, c.dtype, start.add(j * c.row_stride * c.dtype.size()), scratch.add(j * d), d) };
-    }
-    (scratch, d)
-}
-
 /// scores = k · qᵀ of one strip, every row of the cache.
 /// # Safety
 /// As [`transpose_q`].
@@ -192,7 +180,8 @@ unsafe fn tile_f32<S: Simd>(s: S, c: &CacheRows, start: *const u8, n: usize, d: 
 pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f32) {
     let (width, d, group) = (2 * S::LANES, t.attention.spec.head_dim, t.attention.spec.group());
     let (strip, cache) = (t.strip(width, item), &t.attention.cache);
-    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype) {
+    let head = [strip.sequence, strip.head / group];
+    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype()) {
         // SAFETY: the caller's.
         return unsafe { dot_scores(s, t, &strip, &Dots::new(scratch, d)) };
     }
@@ -200,7 +189,15 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
         let n = CacheRows::TILE.min(strip.rows - start);
         // SAFETY: the caller's.
         unsafe {
-            let (k, stride) = tile_f32(s, cache, cache.k_row(strip.sequence, strip.head / group, start), n, d, scratch);
+            let (k, stride) = match cache {
+                Cache::Elements(c) if c.dtype == DType::F32 => {
+                    (c.k_row(head[0], head[1], start).cast::<f32>().cast_const(), c.row_stride)
+                }
+                cache => {
+                    cache.load_keys(s, head, start..start + n, strip.rows, d, scratch, d);
+                    (scratch.cast_const(), d)
+                }
+            };
             let c = strip.scores.add(start * width);
             for part in (0..d).step_by(PART) {
                 let (k, b) = (k.add(part), strip.q.add(part * width).cast_const());
@@ -222,7 +219,7 @@ unsafe fn dot_scores<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
         dots.set_pairs(s, strip.q, d);
         for start in (0..strip.rows).step_by(CacheRows::TILE) {
             let n = CacheRows::TILE.min(strip.rows - start);
-            let (mut k, mut stride) = (cache.k_row(strip.sequence, strip.head / group, start).cast_const(), cache.row_stride * 2);
+            let (mut k, mut stride) = (cache.k_row(strip.sequence, strip.head / group, start), cache.row_bytes());
             if !d.is_multiple_of(DOT_STEPS) {
                 (k, stride) = pad_rows(k, stride, n, d, dots.a.cast());
             }
@@ -256,7 +253,7 @@ unsafe fn dot_values<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
             let n = CacheRows::TILE.min(strip.rows - start);
             dots.set_pairs(s, strip.scores.add(start * DOT_COLUMNS), n);
             let v = cache.v_row(strip.sequence, strip.head / group, start);
-            transpose_values(s, d, n, v.cast(), cache.row_stride, dots.a, dots.square);
+            transpose_values(s, d, n, v.cast(), cache.row_bytes() / 2, dots.a, dots.square);
             for i in (0..d).step_by(S::DOT_ROWS) {
                 let tile = DotTile {
                     rows: S::DOT_ROWS.min(d - i),
@@ -283,7 +280,8 @@ unsafe fn dot_values<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
 pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f32) {
     let (width, d, group) = (2 * S::LANES, t.attention.spec.head_dim, t.attention.spec.group());
     let (strip, cache) = (t.strip(width, item), &t.attention.cache);
-    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype) {
+    let head = [strip.sequence, strip.head / group];
+    if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype()) {
         // SAFETY: the caller's.
         return unsafe { dot_values(s, t, &strip, &Dots::new(scratch, d)) };
     }
@@ -291,7 +289,15 @@ pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratc
         let n = CacheRows::TILE.min(strip.rows - start);
         // SAFETY: the caller's.
         unsafe {
-            let (v, stride) = tile_f32(s, cache, cache.v_row(strip.sequence, strip.head / group, start), n, d, scratch);
+            let (v, stride) = match cache {
+                Cache::Elements(c) if c.dtype == DType::F32 => {
+                    (c.v_row(head[0], head[1], start).cast::<f32>().cast_const(), c.row_stride)
+                }
+                cache => {
+                    (0..n).for_each(|i| cache.load_value(s, head, start + i, d, scratch.add(i * d)));
+                    (scratch.cast_const(), d)
+                }
+            };
             let b = strip.scores.add(start * width).cast_const();
             let product =
                 Tile { k: n, a: v, a_stride: stride, b, b_stride: width, c: strip.o, c_stride: width, accumulate: start > 0 };

@@ -4,7 +4,7 @@ use core::arch::{asm, x86_64::*};
 
 use half::{bf16, f16};
 
-use super::{Elem, QueryTile, ScoreTile, Simd};
+use super::{Load, QueryTile, ScoreTile, Simd};
 
 /// Proves that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -198,8 +198,8 @@ impl Simd for Avx2 {
     /// In assembly for the same reason: 12 sums, three keys and a query take all registers. Eight sums would fit without, but then each
     /// waits for its last FMA.
     #[inline(always)]
-    unsafe fn score_tile<T: Elem>(self, t: &ScoreTile<T>) -> bool {
-        if !t.d.is_multiple_of(16) || size_of::<T>() != 4 && !T::EVEN_ODD {
+    unsafe fn score_tile<T: Load>(self, t: &ScoreTile<T>) -> bool {
+        if !t.d.is_multiple_of(16) || T::PACKED > 1 || size_of::<T>() != 4 && !T::EVEN_ODD {
             return false;
         }
         // Keys that lie together are fetched in the order of their addresses.
@@ -374,6 +374,20 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        // SAFETY: the caller's; 8 bytes are read.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, p: *const u8) -> [__m256; 2] {
+        // SAFETY: the caller's; 8 bytes are read.
+        unsafe {
+            let both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+            let even = _mm256_and_si256(both, _mm256_set1_epi32(15));
+            [_mm256_cvtepi32_ps(even), _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(both))]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m256 {
         // SAFETY: the caller's; 8 × 2 bytes are read.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
@@ -396,6 +410,22 @@ impl Simd for Avx2 {
     unsafe fn store_f16(self, p: *mut f16, v: __m256) {
         // SAFETY: the caller's; 8 × 2 bytes are written.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token proves AVX2. Within 128 bits first, then fours change places.
+        unsafe {
+            let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b));
+            [even, odd].map(|v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v))))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, [even, odd]: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token proves AVX2. Within 128 bits first, then halves change places.
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+            [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
+        }
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {

@@ -279,6 +279,20 @@ impl<D: Dots> Simd for Avx512<D> {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        // SAFETY: the caller's; 16 bytes are read.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, p: *const u8) -> [__m512; 2] {
+        // SAFETY: the caller's; 16 bytes are read.
+        unsafe {
+            let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let even = _mm512_and_si512(both, _mm512_set1_epi32(15));
+            [_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(both))]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m512 {
         // SAFETY: the caller's; 16 × 2 bytes are read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
@@ -299,6 +313,24 @@ impl<D: Dots> Simd for Avx512<D> {
     unsafe fn store_f16(self, p: *mut f16, v: __m512) {
         // SAFETY: the caller's; 16 × 2 bytes are written.
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: the token proves AVX-512 F.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            [_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)]
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, [even, odd]: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: the token proves AVX-512 F.
+        unsafe {
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            [_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)]
+        }
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {

@@ -68,7 +68,7 @@ pub struct QueryTile {
 pub struct ScoreTile<T> {
     /// Dimensions of a head.
     pub d: usize,
-    /// The heads' queries, D f32 apart; in the order of [`Elem::load_two`].
+    /// The heads' queries, D f32 apart; in the order of [`Load::load_two`].
     pub q: *const f32,
     /// The keys.
     pub k: *const T,
@@ -128,6 +128,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for reading 2 · `LANES` elements.
     unsafe fn load_even_odd(self, p: *const bf16) -> [Self::F; 2];
+    /// Loads `LANES` codes of 8 bits.
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_i8(self, p: *const i8) -> Self::F;
+    /// Loads 2 · `LANES` codes of 4 bits: those at even places, in the low halves of `LANES` bytes, and those at odd ones.
+    /// # Safety
+    /// `p` is valid for reading `LANES` bytes.
+    unsafe fn load_u4(self, p: *const u8) -> [Self::F; 2];
     /// Loads `LANES` f16.
     /// # Safety
     /// As [`Simd::load`].
@@ -180,7 +188,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// q is readable as [4, D], k as [3, D], p writable as [3, 4].
     #[inline(always)]
-    unsafe fn score_tile<T: Elem>(self, _t: &ScoreTile<T>) -> bool {
+    unsafe fn score_tile<T: Load>(self, _t: &ScoreTile<T>) -> bool {
         false
     }
 
@@ -214,6 +222,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn copysign(self, v: Self::F, sign: Self::F) -> Self::F;
     /// Lanes 2i and 2i + 1 exchanged.
     fn swap_pairs(self, v: Self::F) -> Self::F;
+    /// Elements at even places of two vectors that lie side by side, and those at odd ones.
+    fn deinterleave(self, v: [Self::F; 2]) -> [Self::F; 2];
+    /// [`Simd::deinterleave`] backwards.
+    fn interleave(self, v: [Self::F; 2]) -> [Self::F; 2];
     /// Transposes a square of `LANES` × `LANES` elements of 32 bits.
     /// # Safety
     /// `src` is readable and `dst` writable as `LANES` rows of `LANES` elements, `src_stride` and `dst_stride` apart; they do not overlap.
@@ -226,18 +238,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max_lane(self, v: Self::F) -> f32;
 }
 
-/// An element type that vectors load from and store to.
-pub trait Elem: Copy + Send + Sync + 'static {
+/// What vectors load from.
+pub trait Load: Copy + Send + Sync + 'static {
+    /// Elements of one of these.
+    const PACKED: usize = 1;
+    /// Whether they are codes, which have scales.
+    const CODES: bool = false;
+    /// Whether [`Load::load_two`] gives elements at even places and at odd ones, not halves.
+    const EVEN_ODD: bool = false;
+    /// Element `i`, as f32.
+    /// # Safety
+    /// `p` is valid for reading element `i`.
+    unsafe fn get(p: *const Self, i: usize) -> f32;
     /// Loads `LANES` elements as f32.
     /// # Safety
     /// As [`Simd::load`].
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F;
-    /// Stores `LANES` elements.
-    /// # Safety
-    /// As [`Simd::store`].
-    unsafe fn store<S: Simd>(s: S, p: *mut Self, v: S::F);
-    /// Whether [`Elem::load_two`] gives elements at even places and at odd ones, not halves.
-    const EVEN_ODD: bool = false;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { Self::load_n(s, p, S::LANES) }
+    }
     /// Loads 2 · `LANES` elements, in the order that costs least.
     /// # Safety
     /// `p` is valid for reading 2 · `LANES` elements.
@@ -246,11 +266,6 @@ pub trait Elem: Copy + Send + Sync + 'static {
         // SAFETY: the caller's.
         unsafe { [Self::load(s, p), Self::load(s, p.add(S::LANES))] }
     }
-    /// As f32.
-    fn to_f32(self) -> f32;
-    /// Rounded to nearest even.
-    fn from_f32(v: f32) -> Self;
-
     /// Loads `n ≤ LANES` elements, the other lanes 0.
     /// # Safety
     /// `p` is valid for reading `n` elements.
@@ -259,11 +274,21 @@ pub trait Elem: Copy + Send + Sync + 'static {
         let mut lanes = [0f32; 16];
         for (i, lane) in lanes.iter_mut().enumerate().take(n) {
             // SAFETY: i < n.
-            *lane = unsafe { p.add(i).read() }.to_f32();
+            *lane = unsafe { Self::get(p, i) };
         }
         // SAFETY: LANES ≤ 16.
         unsafe { s.load(lanes.as_ptr()) }
     }
+}
+
+/// An element type that vectors load from and store to.
+pub trait Elem: Load {
+    /// Stores `LANES` elements.
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store<S: Simd>(s: S, p: *mut Self, v: S::F);
+    /// Rounded to nearest even.
+    fn from_f32(v: f32) -> Self;
 
     /// Stores the first `n ≤ LANES` elements.
     /// # Safety
@@ -280,30 +305,69 @@ pub trait Elem: Copy + Send + Sync + 'static {
     }
 }
 
-impl Elem for f32 {
+impl Load for i8 {
+    const CODES: bool = true;
+    #[inline(always)]
+    unsafe fn get(p: *const i8, i: usize) -> f32 {
+        // SAFETY: the caller's.
+        unsafe { f32::from(*p.add(i)) }
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const i8) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_i8(p) }
+    }
+}
+
+/// Two codes of 4 bits: the first in the low half.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+pub struct TwoU4(u8);
+
+impl Load for TwoU4 {
+    const PACKED: usize = 2;
+    const CODES: bool = true;
+    const EVEN_ODD: bool = true;
+    #[inline(always)]
+    unsafe fn get(p: *const TwoU4, i: usize) -> f32 {
+        // SAFETY: the caller's.
+        f32::from(unsafe { (*p.add(i / 2)).0 } >> (i % 2 * 4) & 15)
+    }
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(s: S, p: *const TwoU4) -> [S::F; 2] {
+        // SAFETY: the caller's.
+        unsafe { s.load_u4(p.cast()) }
+    }
+}
+
+impl Load for f32 {
+    #[inline(always)]
+    unsafe fn get(p: *const f32, i: usize) -> f32 {
+        // SAFETY: the caller's.
+        unsafe { *p.add(i) }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const f32) -> S::F {
         // SAFETY: the caller's.
         unsafe { s.load(p) }
     }
     #[inline(always)]
+    unsafe fn load_n<S: Simd>(s: S, p: *const f32, n: usize) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_n(p, n) }
+    }
+}
+
+impl Elem for f32 {
+    #[inline(always)]
     unsafe fn store<S: Simd>(s: S, p: *mut f32, v: S::F) {
         // SAFETY: the caller's.
         unsafe { s.store(p, v) }
     }
     #[inline(always)]
-    unsafe fn load_n<S: Simd>(s: S, p: *const f32, n: usize) -> S::F {
-        // SAFETY: the caller's.
-        unsafe { s.load_n(p, n) }
-    }
-    #[inline(always)]
     unsafe fn store_n<S: Simd>(s: S, p: *mut f32, v: S::F, n: usize) {
         // SAFETY: the caller's.
         unsafe { s.store_n(p, v, n) }
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
     }
     #[inline(always)]
     fn from_f32(v: f32) -> f32 {
@@ -313,21 +377,24 @@ impl Elem for f32 {
 
 macro_rules! half_elem {
     ($t:ty, $load:ident, $store:ident $(, $two:item, $even_odd:item)?) => {
-        impl Elem for $t {
+        impl Load for $t {
             $($two $even_odd)?
+            #[inline(always)]
+            unsafe fn get(p: *const $t, i: usize) -> f32 {
+                // SAFETY: the caller's.
+                unsafe { *p.add(i) }.to_f32()
+            }
             #[inline(always)]
             unsafe fn load<S: Simd>(s: S, p: *const $t) -> S::F {
                 // SAFETY: the caller's.
                 unsafe { s.$load(p) }
             }
+        }
+        impl Elem for $t {
             #[inline(always)]
             unsafe fn store<S: Simd>(s: S, p: *mut $t, v: S::F) {
                 // SAFETY: the caller's.
                 unsafe { s.$store(p, v) }
-            }
-            #[inline(always)]
-            fn to_f32(self) -> f32 {
-                self.to_f32()
             }
             #[inline(always)]
             fn from_f32(v: f32) -> $t {

@@ -63,6 +63,16 @@ impl Simd for Portable {
         [0, 1].map(|odd| std::array::from_fn(|i| unsafe { p.add(2 * i + odd).read() }.to_f32()))
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> V {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| f32::from(unsafe { p.add(i).read() }))
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, p: *const u8) -> [V; 2] {
+        // SAFETY: the caller's.
+        [0, 4].map(|shift| std::array::from_fn(|i| f32::from(unsafe { p.add(i).read() } >> shift & 15)))
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> V {
         // SAFETY: the caller's.
         std::array::from_fn(|i| unsafe { p.add(i).read() }.to_f32())
@@ -134,6 +144,14 @@ impl Simd for Portable {
     #[inline(always)]
     fn swap_pairs(self, v: V) -> V {
         [v[1], v[0], v[3], v[2]]
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [V; 2]) -> [V; 2] {
+        [[a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]]]
+    }
+    #[inline(always)]
+    fn interleave(self, [a, b]: [V; 2]) -> [V; 2] {
+        [[a[0], b[0], a[1], b[1]], [a[2], b[2], a[3], b[3]]]
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {

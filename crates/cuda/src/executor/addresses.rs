@@ -211,7 +211,7 @@ impl Run<'_> {
     fn copy(&self, op: &Op) -> Result<TransposeParams> {
         let (p, s) = (&self.plan.problem, &self.sizes);
         let (a, gathers) = (&p.spec.attention, *op == Op::Gather);
-        let dtype = if gathers { p.kv_dtype } else { p.dtype };
+        let dtype = if gathers { s.kv_dtype() } else { p.dtype };
         let size = dtype.size();
         let mut params = TransposeParams {
             starts: self.starts,

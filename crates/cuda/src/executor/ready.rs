@@ -93,6 +93,11 @@ impl<'a> Sizes<'a> {
         self.sequences * self.plan.problem.spec.attention.heads * self.new
     }
 
+    /// The dtype of the cache's elements: no plan for a GPU has a quantised one.
+    pub fn kv_dtype(&self) -> DType {
+        self.plan.problem.kv_dtype.rounds_to(self.dtype())
+    }
+
     fn heads(&self, from: DType, to: DType, heads: [usize; 3], rope: bool) -> heads::Shape {
         let appends = heads[2] > 0;
         let spec = &self.plan.problem.spec;
@@ -101,7 +106,7 @@ impl<'a> Sizes<'a> {
         heads::Shape {
             from,
             to,
-            kv: if appends { self.plan.problem.kv_dtype } else { to },
+            kv: if appends { self.kv_dtype() } else { to },
             head_dim: d,
             rotary_dim: rope.map_or(0, |r| r.rotary_dim(d)),
             interleaved: rope.is_some_and(|r| r.layout == RopeLayout::Interleaved),
@@ -133,7 +138,7 @@ impl<'a> Sizes<'a> {
         attention::Shape {
             spec: p.spec.attention.clone(),
             dtype: p.dtype,
-            kv_dtype: p.kv_dtype,
+            kv_dtype: self.kv_dtype(),
             paged: p.page_size.is_some(),
             copied: self.copied,
             sequences: self.sequences,
@@ -246,7 +251,7 @@ impl<'a> Sizes<'a> {
                 self.passes(op).iter().map(heads::Shape::instance).collect()
             }
             Op::TransposeQ | Op::TransposeO => vec![Transpose::instance(self.dtype(), d)],
-            Op::Gather => vec![Transpose::instance(p.kv_dtype, d)],
+            Op::Gather => vec![Transpose::instance(self.kv_dtype(), d)],
             Op::Scale | Op::Softcap | Op::Alibi | Op::Mask => vec![Scores::instance()],
             Op::Softmax => vec![Softmax::instance(self.dtype(), self.columns, self.scores_stride)],
             Op::Attention(t) => vec![self.attention(t).instance(device.info())],
@@ -292,7 +297,7 @@ impl Gpu {
                 }
                 Op::Gather => {
                     let rows = s.sequences * a.kv_heads * s.rows;
-                    Ready::Copy(Transpose::new(module()?, Copies::GatherCache, p.kv_dtype, rows, d, mp)?)
+                    Ready::Copy(Transpose::new(module()?, Copies::GatherCache, s.kv_dtype(), rows, d, mp)?)
                 }
                 Op::Scores => Ready::Product(self.blas.plan(&s.product(false, cache))?),
                 Op::WeightedValues => Ready::Product(self.blas.plan(&s.product(true, cache))?),

@@ -6,7 +6,7 @@ mod write;
 use std::{collections::BTreeSet, path::Path};
 
 use lawson_core::{
-    DType, Error, Result, TensorRef,
+    CacheDType, DType, Error, Result, TensorRef,
     data::{BlockData, Mask},
     problem::{Biases, BlockProblem, BlockSpec, Lengths, MaskShape},
     round_to,
@@ -28,7 +28,8 @@ pub struct BlockFile {
 
 impl BlockFile {
     /// Reads `block_json` and `tensors`. The compute dtype is that of `x` unless `compute` gives another, the cache's is the
-    /// compute dtype unless `kv` gives another; x, weights and past are rounded to nearest even to them.
+    /// compute dtype unless `kv` gives another; x, weights and past are rounded to nearest even to them, the past of a quantised cache to the
+    /// compute dtype.
     ///
     /// # Errors
     /// `InvalidInput`, naming the file and the key or tensor, for anything the format does not allow.
@@ -36,7 +37,7 @@ impl BlockFile {
         block_json: impl AsRef<Path>,
         tensors: impl AsRef<Path>,
         compute: Option<DType>,
-        kv: Option<DType>,
+        kv: Option<CacheDType>,
     ) -> Result<Self> {
         let path = block_json.as_ref();
         let json = std::fs::read(path).map_err(|e| Error::invalid(format!("cannot be read: {e}")));
@@ -48,11 +49,11 @@ impl BlockFile {
     ///
     /// # Errors
     /// As [`BlockFile::open`].
-    pub fn parse(json: &[u8], tensors: &TensorFile, compute: Option<DType>, kv: Option<DType>) -> Result<Self> {
+    pub fn parse(json: &[u8], tensors: &TensorFile, compute: Option<DType>, kv: Option<CacheDType>) -> Result<Self> {
         Self::read(spec::parse(json).map_err(|e| e.at("block.json"))?, tensors, compute, kv)
     }
 
-    fn read(spec: BlockSpec, file: &TensorFile, compute: Option<DType>, kv: Option<DType>) -> Result<Self> {
+    fn read(spec: BlockSpec, file: &TensorFile, compute: Option<DType>, kv: Option<CacheDType>) -> Result<Self> {
         Reader::new(file).block(spec, None, compute, kv).map_err(|e| e.at(file.name()))
     }
 
@@ -66,7 +67,7 @@ impl BlockFile {
         weights: &BlockWeights<'_>,
         tensors: &TensorFile,
         compute: Option<DType>,
-        kv: Option<DType>,
+        kv: Option<CacheDType>,
     ) -> Result<Self> {
         weights.check(&spec)?;
         Reader::new(tensors).block(spec, Some(weights), compute, kv).map_err(|e| e.at(tensors.name()))
@@ -108,7 +109,7 @@ impl<'a> Reader<'a> {
         mut spec: BlockSpec,
         weights: Option<&BlockWeights<'_>>,
         compute: Option<DType>,
-        kv: Option<DType>,
+        kv: Option<CacheDType>,
     ) -> Result<BlockFile> {
         let (e, a) = (spec.hidden_size, spec.attention.clone());
         let x_shape = self.shape("x", "[B, S, E]")?.to_vec();
@@ -131,7 +132,7 @@ impl<'a> Reader<'a> {
             batch: Lengths::ragged(vec![s; b], past)?,
             mask: mask.as_ref().map(|m| m.shape),
             dtype,
-            kv_dtype: kv.unwrap_or(dtype),
+            kv_dtype: kv.unwrap_or(dtype.into()),
             page_size: None,
             spec,
         };
@@ -145,8 +146,9 @@ impl<'a> Reader<'a> {
         data.x = self.floats("x", "[B, S, E]", &[b, s, e], dtype)?;
         if self.file.contains("past_k") {
             let cache = [b, a.kv_heads, past_rows, a.head_dim];
-            data.past_k = self.floats("past_k", "[B, G, P, D]", &cache, problem.kv_dtype)?;
-            data.past_v = self.floats("past_v", "[B, G, P, D]", &cache, problem.kv_dtype)?;
+            let dtype = problem.kv_dtype.rounds_to(dtype);
+            data.past_k = self.floats("past_k", "[B, G, P, D]", &cache, dtype)?;
+            data.past_v = self.floats("past_v", "[B, G, P, D]", &cache, dtype)?;
         }
         self.finish(weights.is_some())?;
         Ok(BlockFile { problem, data, stored: self.stored })

@@ -34,7 +34,8 @@ pub fn write_block_file(dir: impl AsRef<Path>, problem: &BlockProblem, data: &Bl
     write_atomically(&dir.join("block.json"), |file| file.write_all(&json))
 }
 
-/// Writes `y` [B, S, E] and the caches after the append, `k` and `v` [B, G, kv_rows, D], in the compute dtype.
+/// Writes `y` [B, S, E] and the caches after the append, `k` and `v` [B, G, kv_rows, D], in the compute dtype; those of a
+/// quantised cache in f32.
 ///
 /// # Errors
 /// `InvalidInput` when the sequences have different numbers of new tokens, when a length does not fit, or when the file cannot be
@@ -50,10 +51,11 @@ pub fn write_output(
     let (b, s) = uniform(problem)?;
     let a = &problem.spec.attention;
     let cache = [b, a.kv_heads, kv_rows, a.head_dim];
+    let kv_dtype = if problem.kv_dtype.codes().is_some() { DType::F32 } else { problem.dtype };
     let tensors = [
         tensor("y", problem.dtype, &[b, s, problem.spec.hidden_size], y)?,
-        tensor("k", problem.dtype, &cache, k)?,
-        tensor("v", problem.dtype, &cache, v)?,
+        tensor("k", kv_dtype, &cache, k)?,
+        tensor("v", kv_dtype, &cache, v)?,
     ];
     write_tensors(path.as_ref(), &tensors)
 }
@@ -98,8 +100,8 @@ fn input_tensors(problem: &BlockProblem, data: &BlockData) -> Result<Vec<Tensor>
         }
     }
     let cache = [b, a.kv_heads, p, a.head_dim];
-    let past =
-        [tensor("past_k", problem.kv_dtype, &cache, &data.past_k)?, tensor("past_v", problem.kv_dtype, &cache, &data.past_v)?];
+    let kv_dtype = problem.kv_dtype.rounds_to(dtype);
+    let past = [tensor("past_k", kv_dtype, &cache, &data.past_k)?, tensor("past_v", kv_dtype, &cache, &data.past_v)?];
     if p > 0 {
         out.extend(past);
     }

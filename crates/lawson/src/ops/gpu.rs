@@ -368,7 +368,7 @@ fn rope(
 
 fn append(context: &Context, gpu: &Gpu, mut args: RopeAppendArgs<'_>, replays: Option<Replays>) -> Result<f64> {
     let (cache, tokens, dtype) = (args.cache.cache(), args.batch.tokens(), args.qkv.dtype());
-    let (g, d, kv_dtype) = (cache.kv_heads(), cache.head_dim(), cache.dtype());
+    let (g, d, kv_dtype) = (cache.kv_heads(), cache.head_dim(), cache.dtype().on_gpu()?);
     let &[t, h, qd] = args.q.shape() else { return Err(shape_error("q", &args.q.as_ref(), "[T, H, D]")) };
     if (t, qd) != (tokens, d) || args.q.dtype() != dtype {
         return Err(shape_error("q", &args.q.as_ref(), &format!("[{tokens}, H, {d}] in {dtype}")));

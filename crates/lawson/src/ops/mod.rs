@@ -10,6 +10,7 @@ use lawson_core::{
 use lawson_cpu::{
     kernels::{
         attention::Attention,
+        codes::Cache,
         gemm::{Epilogue, Gemm, PackX, Segment},
         rope,
         rows::{CacheRows, Rows},
@@ -75,7 +76,7 @@ fn rows_mut(t: &mut TensorMut<'_>, stride: usize) -> Rows {
 fn check_attention(args: &AttentionArgs<'_>) -> Result<AttentionProblem> {
     let (s, lengths) = (args.spec, args.lengths);
     let problem =
-        AttentionProblem { kv_dtype: args.k.dtype(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
+        AttentionProblem { kv_dtype: args.k.dtype().into(), ..AttentionProblem::new(s.clone(), lengths.clone(), args.q.dtype()) };
     problem.validate()?;
     let (tokens, b) = (lengths.tokens(), lengths.sequences());
     let q_shape = [tokens, s.heads, s.head_dim];
@@ -136,14 +137,14 @@ pub fn attention(context: &Context, mut args: AttentionArgs<'_>) -> Result<()> {
     let a = Attention {
         spec: s,
         q: rows(&args.q, s.q_dim()),
-        cache: CacheRows {
+        cache: Cache::Elements(CacheRows {
             k: args.k.storage().as_ptr().cast_mut(),
             v: args.v.storage().as_ptr().cast_mut(),
             dtype: args.k.dtype(),
             sequence_stride: strides[0],
             head_stride: strides[1],
             row_stride: strides[2],
-        },
+        }),
         out: rows_mut(&mut args.out, s.q_dim()),
         lse: args.lse.as_mut().map(|lse| lse.storage_mut().as_mut_ptr().cast()),
         mask: args.mask.map(|m| m.rows()),

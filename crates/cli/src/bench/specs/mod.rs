@@ -4,7 +4,7 @@ mod gpu;
 mod kernels;
 
 use clap::ValueEnum;
-use lawson::{AttentionSpec, BlockProblem, BlockSpec, DType, Error, Lengths, Result, RopeSpec};
+use lawson::{AttentionSpec, BlockProblem, BlockSpec, CacheDType, DType, Error, Lengths, Result, RopeSpec};
 
 use super::measure::Budget;
 
@@ -110,8 +110,8 @@ pub struct Shape {
     pub head_dim: usize,
     /// Compute dtype.
     pub dtype: DType,
-    /// Dtype of the cache.
-    pub kv_dtype: DType,
+    /// How the cache holds its elements.
+    pub kv_dtype: CacheDType,
     /// Whether a token sees only what comes before it.
     pub causal: bool,
     /// Whether q and k are turned.
@@ -130,7 +130,7 @@ impl Shape {
             kv_heads: hidden / 128,
             head_dim: 128,
             dtype: DType::F32,
-            kv_dtype: DType::F32,
+            kv_dtype: CacheDType::F32,
             causal: true,
             rope: true,
         }
@@ -145,7 +145,7 @@ impl Shape {
     }
 
     fn dtype(self, dtype: DType) -> Self {
-        Shape { dtype, kv_dtype: dtype, ..self }
+        Shape { dtype, kv_dtype: dtype.into(), ..self }
     }
 
     /// One new token that sees what the last token sees.
@@ -274,7 +274,7 @@ fn attention(seq: usize, dtype: DType) -> Case {
 }
 
 /// One new token over `rows` rows, its own included.
-fn decode(rows: usize, kv_heads: usize, kv_dtype: DType) -> Case {
+fn decode(rows: usize, kv_heads: usize, kv_dtype: CacheDType) -> Case {
     let shape = Shape { past: rows - 1, kv_dtype, ..Shape::block(1, 4096).heads(32, kv_heads, 128) };
     Case::new(Study::Decode, shape)
 }
@@ -314,7 +314,7 @@ fn quick(study: Study) -> Vec<Case> {
 fn decodes(lengths: &[usize]) -> Vec<Case> {
     let mut cases = Vec::new();
     for kv_heads in [8, 32] {
-        for kv_dtype in [DType::F32, DType::BF16] {
+        for kv_dtype in [CacheDType::F32, CacheDType::BF16] {
             cases.extend(lengths.iter().map(|&rows| decode(rows, kv_heads, kv_dtype)));
         }
     }

@@ -60,8 +60,8 @@ impl Numbers {
         let rows = s.batch * s.kv_heads * (s.past + s.seq) * s.head_dim;
         Numbers {
             q: inputs::normals(s.batch * s.seq * s.heads * s.head_dim, 1.0, s.dtype, SEED * 16 + 7, threads),
-            k: inputs::normals(rows, 1.0, s.kv_dtype, SEED * 16 + 8, threads),
-            v: inputs::normals(rows, 1.0, s.kv_dtype, SEED * 16 + 9, threads),
+            k: inputs::normals(rows, 1.0, s.kv_dtype.rounds_to(s.dtype), SEED * 16 + 8, threads),
+            v: inputs::normals(rows, 1.0, s.kv_dtype.rounds_to(s.dtype), SEED * 16 + 9, threads),
         }
     }
 }
@@ -96,12 +96,12 @@ impl<'a> Operator<'a> {
         let q = &n.q[..tokens * problem.spec.q_dim()];
         let (sink_view, slope_view) = (sinks.as_deref(), slopes.as_deref());
         let input = AttentionInput { q, k: &n.k, v: &n.v, rows, mask: mask.as_ref(), sinks: sink_view, slopes: slope_view };
-        let nan = inputs::nans(s.dtype, &shape)?;
+        let (nan, kv_dtype) = (inputs::nans(s.dtype, &shape)?, s.kv_dtype.rounds_to(s.dtype));
         Ok(Operator {
             session,
             reference: AttentionReference::new(&problem, &input, threads)?,
             q: Tensor::from_f32(q, s.dtype, &shape)?,
-            kv: vec![[Tensor::from_f32(&n.k, s.kv_dtype, &kv)?, Tensor::from_f32(&n.v, s.kv_dtype, &kv)?]],
+            kv: vec![[Tensor::from_f32(&n.k, kv_dtype, &kv)?, Tensor::from_f32(&n.v, kv_dtype, &kv)?]],
             turn: 0,
             mask,
             sinks,
@@ -153,9 +153,7 @@ impl<'a> Operator<'a> {
 
     /// Bytes of the valid rows of k and v.
     pub fn cache_bytes(&self) -> usize {
-        let batch = &self.problem.batch;
-        let rows = batch.tokens() + batch.past().iter().sum::<usize>();
-        2 * rows * self.problem.spec.kv_dim() * self.problem.kv_dtype.size()
+        cache_bytes(&self.problem) as usize
     }
 
     /// Visible (query, key) pairs of one head.
@@ -230,6 +228,17 @@ fn is_attention(op: &Op) -> bool {
     )
 }
 
+/// Bytes of the valid rows of k and v.
+fn cache_bytes(problem: &AttentionProblem) -> f64 {
+    let rows = problem.batch.tokens() + problem.batch.past().iter().sum::<usize>();
+    (rows * problem.spec.kv_heads) as f64 * problem.kv_dtype.row_bytes(problem.spec.head_dim)
+}
+
+/// The steps of tiled attention.
+fn is_tiled(op: &Op) -> bool {
+    matches!(op, Op::Attention(_) | Op::MergeSplits(_))
+}
+
 /// Which way attention is computed.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
@@ -237,17 +246,39 @@ enum Way {
     Tiled,
 }
 
+/// Tiled attention: the operator, or the steps of a block where keys and values are codes, which no tensor holds.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
+enum Tiled<'a> {
+    Operator(Operator<'a>),
+    Steps(BlockForms<'a>),
+}
+
+impl<'a> Tiled<'a> {
+    fn form(&self) -> &(dyn Forms + 'a) {
+        match self {
+            Tiled::Operator(operator) => operator,
+            Tiled::Steps(block) => block,
+        }
+    }
+    fn form_mut(&mut self) -> &mut (dyn Forms + 'a) {
+        match self {
+            Tiled::Operator(operator) => operator,
+            Tiled::Steps(block) => block,
+        }
+    }
+}
+
 struct AttentionForms<'a> {
     ways: Vec<Way>,
     materialised: Option<BlockForms<'a>>,
-    tiled: Operator<'a>,
+    tiled: Tiled<'a>,
 }
 
-impl AttentionForms<'_> {
-    fn form(&mut self, i: usize) -> &mut dyn Forms {
+impl<'a> AttentionForms<'a> {
+    fn form(&mut self, i: usize) -> &mut (dyn Forms + 'a) {
         match (self.ways[i], &mut self.materialised) {
             (Way::Materialised, Some(block)) => block,
-            _ => &mut self.tiled,
+            _ => self.tiled.form_mut(),
         }
     }
 }
@@ -266,7 +297,7 @@ impl Forms for AttentionForms<'_> {
         self.form(i).verify(0)
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        self.tiled.verify_peer(data)
+        self.tiled.form().verify_peer(data)
     }
 }
 
@@ -297,24 +328,32 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
     let chosen = session.select(ways);
     let s = &case.shape;
     let numbers = Numbers::new(s, session.threads());
-    let tiled = Operator::new(session, s, &numbers)?;
     let problem = Shape { hidden: NARROW, rope: false, ..*s }.problem();
-    let wanted = chosen.iter().any(|c| c.1 == Way::Materialised);
-    let data = if wanted { inputs::block_data(&problem, SEED, session.threads()) } else { lawson::BlockData::default() };
-    let block = || BlockForms::new(session, &problem, &data, &[Level::Unfused], Some(is_attention));
-    let materialised = if wanted { Some(block()?) } else { None };
+    let (wanted, quantised) = (chosen.iter().any(|c| c.1 == Way::Materialised), s.kv_dtype.codes().is_some());
+    let needs_data = wanted || quantised;
+    let data = if needs_data { inputs::block_data(&problem, SEED, session.threads()) } else { lawson::BlockData::default() };
+    let block = |level, counted| BlockForms::new(session, &problem, &data, &[level], Some(counted));
+    let materialised = if wanted { Some(block(Level::Unfused, is_attention)?) } else { None };
+    let tiled = match quantised {
+        true => Tiled::Steps(block(Level::Maximal, is_tiled)?),
+        false => Tiled::Operator(Operator::new(session, s, &numbers)?),
+    };
     let mut forms = AttentionForms { ways: chosen.iter().map(|c| c.1).collect(), materialised, tiled };
     let mut peers = start_peers(session, case, &numbers)?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
 
-    let work = if case.study == Study::Decode { forms.tiled.decode_work() } else { forms.tiled.work() };
+    // Decoding is about the keys and values; q and the result are nothing beside them.
+    let attention = problem.attention();
+    let cache = cache_bytes(&attention);
+    let resident = cache + (2 * attention.batch.tokens() * attention.spec.q_dim() * attention.dtype.size()) as f64;
+    let work = Work { flops: Some(attention.flops()), bytes: if case.study == Study::Decode { cache } else { resident } };
     let mut rows = Vec::new();
     for (&(level, way), m) in chosen.iter().zip(&found) {
         let mut row = rows::base(session, case, level.name());
         rows::measured(&mut row, m, work);
-        row.resident_bytes = Some(forms.tiled.resident_bytes());
-        match (way, &forms.materialised) {
-            (Way::Materialised, Some(block)) => {
+        row.resident_bytes = Some(resident as u64);
+        match (way, &forms.materialised, &mut forms.tiled) {
+            (Way::Materialised, Some(block), _) => {
                 let plan = block.plan(0)?;
                 let steps = || plan.steps().filter(|s| is_attention(&s.op));
                 row.steps = Some(steps().count());
@@ -329,10 +368,23 @@ fn measure_ways(session: &Session, case: &Case, ways: &[(Level, Way)]) -> Result
                     "The materialised form is the attention steps of an unfused block: their time, the buffers they use, the errors of its y",
                 );
             }
-            _ => {
-                row.peak_bytes = Some(forms.tiled.peak_bytes()?);
+            (_, _, Tiled::Operator(operator)) => {
+                row.peak_bytes = Some(operator.peak_bytes()?);
                 (row.steps, row.gemms, row.launches) = (Some(1), Some(0), Some(1));
-                row.traffic_bytes = Some(forms.tiled.resident_bytes());
+                row.traffic_bytes = row.resident_bytes;
+            }
+            (_, _, Tiled::Steps(block)) => {
+                let plan = block.plan(0)?;
+                let steps = || plan.steps().filter(|s| is_tiled(&s.op));
+                (row.steps, row.gemms, row.launches) = (Some(steps().count()), Some(0), Some(steps().count()));
+                row.traffic_bytes = Some(steps().map(|s| s.bytes).sum::<f64>() as u64);
+                let parts = plan.buffer(BufferName::Parts).map_or(0, |b| b.bytes);
+                row.peak_bytes = Some((parts + plan.threads * plan.scratch_bytes) as u64);
+                row.plan = Some(plan.to_string());
+                rows::remark(
+                    &mut row,
+                    "Tiled attention over a quantised cache is the attention steps of a block: their time, the memory they use, the errors of its y",
+                );
             }
         }
         rows.push(row);

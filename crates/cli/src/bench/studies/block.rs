@@ -154,11 +154,15 @@ impl Fill for CapturedCall {
     }
 }
 
-/// Makes a cache that of `data`'s past, with NaN behind it, by `import` and `truncate`: it takes whole sequences only.
+/// Makes a cache that of `data`'s past, with NaN behind it where it is not quantised, by `import` and `truncate`: it
+/// takes whole sequences only.
 pub fn poison_cache(cache: &mut dyn Fill, problem: &BlockProblem, data: &BlockData) -> Result<()> {
     let (batch, a) = (&problem.batch, &problem.spec.attention);
     let past_row = data.past_rows * a.head_dim;
+    // Rows behind the past would share its scales.
+    let poisons = problem.kv_dtype.codes().is_none();
     for (b, (&new, &past)) in batch.new_tokens().iter().zip(batch.past()).enumerate() {
+        let new = if poisons { new } else { 0 };
         let fill = |from: &[f32]| {
             let mut rows = Vec::with_capacity(a.kv_dim() * (past + new));
             for g in b * a.kv_heads..(b + 1) * a.kv_heads {

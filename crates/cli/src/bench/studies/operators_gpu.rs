@@ -152,8 +152,9 @@ pub fn attention(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let sample = Sample::new("out", s.dtype, reference.into_parts(), n * s.seq, copies);
     let (q_shape, kv_shape) = ([n * s.seq, s.heads, s.head_dim], [n, s.kv_heads, rows_of(s), s.head_dim]);
     let device_q = repeated(session, q, s.dtype, &q_shape, copies)?;
+    let kv_dtype = s.kv_dtype.rounds_to(s.dtype);
     let (device_k, device_v) =
-        (repeated(session, k, s.kv_dtype, &kv_shape, copies)?, repeated(session, v, s.kv_dtype, &kv_shape, copies)?);
+        (repeated(session, k, kv_dtype, &kv_shape, copies)?, repeated(session, v, kv_dtype, &kv_shape, copies)?);
 
     let scores = (s.batch * s.seq) as f64 * (s.heads * rows_of(s)) as f64 * 4.0;
     let fits = !decode && scores <= LARGEST_SCORES;
@@ -189,7 +190,7 @@ pub fn attention(session: &Session, case: &Case) -> Result<Vec<Row>> {
             ]
         })?
     };
-    let kv_bytes = 2.0 * (s.batch * rows_of(s) * s.kv_heads * s.head_dim * s.kv_dtype.size()) as f64;
+    let kv_bytes = 2.0 * (s.batch * rows_of(s) * s.kv_heads * s.head_dim * kv_dtype.size()) as f64;
     let bytes = kv_bytes + 2.0 * (s.batch * s.seq * s.heads * s.head_dim * s.dtype.size()) as f64;
     let work = Work { flops: Some(whole.flops()), bytes: if decode { kv_bytes } else { bytes } };
     let mut rows = measured(session, case, &levels, forms, peers, work)?;
@@ -373,7 +374,7 @@ fn check_append(turned: &Turned, s: &Shape, spec: &RopeSpec, cache: &KvCache) ->
     let (h, g, d, rows) = (s.heads, s.kv_heads, s.head_dim, s.past + s.seq);
     let columns = (h + 2 * g) * d;
     let k_want = turned.want(s, spec, columns, h, g);
-    let limit = verify::limit(&[s.dtype, s.kv_dtype]);
+    let limit = verify::limit(&[s.dtype, s.kv_dtype.rounds_to(s.dtype)]);
     let mut found = verify::nothing();
     for b in [0, s.batch - 1] {
         let (k, v) = cache.export(0, b, rows)?;
