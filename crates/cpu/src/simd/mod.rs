@@ -242,8 +242,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
 pub trait Load: Copy + Send + Sync + 'static {
     /// Elements of one of these.
     const PACKED: usize = 1;
-    /// Whether they are codes, which have scales.
-    const CODES: bool = false;
     /// Whether [`Load::load_two`] gives elements at even places and at odd ones, not halves.
     const EVEN_ODD: bool = false;
     /// Element `i`, as f32.
@@ -306,7 +304,6 @@ pub trait Elem: Load {
 }
 
 impl Load for i8 {
-    const CODES: bool = true;
     #[inline(always)]
     unsafe fn get(p: *const i8, i: usize) -> f32 {
         // SAFETY: the caller's.
@@ -326,7 +323,6 @@ pub struct TwoU4(u8);
 
 impl Load for TwoU4 {
     const PACKED: usize = 2;
-    const CODES: bool = true;
     const EVEN_ODD: bool = true;
     #[inline(always)]
     unsafe fn get(p: *const TwoU4, i: usize) -> f32 {
