@@ -132,13 +132,12 @@ thread_local! {
 
 /// A stream closed to everybody but the thread that captures it.
 pub(crate) struct Capturing<'a> {
-    before: *const Inner,
     _closed: RwLockWriteGuard<'a, ()>,
 }
 
 impl Drop for Capturing<'_> {
     fn drop(&mut self) {
-        CAPTURING.set(self.before);
+        CAPTURING.set(ptr::null());
     }
 }
 
@@ -239,7 +238,10 @@ impl Device {
     /// [`ErrorKind::Device`] when this thread itself captures: it would wait for itself.
     pub(crate) fn hold_open(&self) -> Result<RwLockReadGuard<'_, ()>> {
         if CAPTURING.get() == Arc::as_ptr(&self.0) {
-            return Err(Error::new(ErrorKind::Device, "work that waits, copies or replays a graph cannot be captured"));
+            return Err(Error::new(
+                ErrorKind::Device,
+                "what waits, copies, fills, records an event or replays a graph cannot be captured",
+            ));
         }
         Ok(self.0.capture.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -247,11 +249,14 @@ impl Device {
     /// Keeps everything else out of the stream, which this thread captures.
     ///
     /// # Errors
-    /// [`ErrorKind::Device`] when it does so already.
+    /// [`ErrorKind::Device`] when it captures one already, this or another device's.
     pub(crate) fn hold_closed(&self) -> Result<Capturing<'_>> {
-        drop(self.hold_open()?);
+        if !CAPTURING.get().is_null() {
+            return Err(Error::new(ErrorKind::Device, "a capture inside another cannot be captured"));
+        }
         let closed = self.0.capture.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(Capturing { before: CAPTURING.replace(Arc::as_ptr(&self.0)), _closed: closed })
+        CAPTURING.set(Arc::as_ptr(&self.0));
+        Ok(Capturing { _closed: closed })
     }
 
     /// [`Device::synchronize`] where the stream is open.

@@ -110,8 +110,8 @@ impl Pages {
 
 impl KvCache {
     /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows. The
-    /// context decides where its memory lies. A quantised cache holds codes with scales, and up to 32 keys of each sequence as f32:
-    /// [`lawson_core::quantised`] defines it.
+    /// context decides where its memory lies. A quantised cache holds codes with scales, and has room for 64 keys of each sequence and
+    /// head as f32: [`lawson_core::quantised`] defines it.
     ///
     /// # Errors
     /// `InvalidInput` when a number is 0 or `spec` is not valid, `OutOfMemory`; `Unavailable` for a quantised cache on a GPU.
@@ -300,7 +300,7 @@ impl KvCache {
         }
     }
 
-    /// Makes the rows that calls with `batch` wrote valid, in every layer.
+    /// Makes the rows that calls with `batch`, the last ones in each layer, wrote valid.
     ///
     /// # Errors
     /// As [`KvCache::check`]; nothing changes then.
@@ -391,8 +391,8 @@ impl KvCache {
         Ok((k, v))
     }
 
-    /// Replaces sequence `b` of `layer` by `rows` rows of keys and values, each [G, rows, D] as f32, rounded to nearest even. The
-    /// sequence then has `rows` valid rows, in every layer.
+    /// Replaces sequence `b` of `layer` by `rows` rows of keys and values, each [G, rows, D] as f32, rounded to nearest even; a
+    /// quantised cache takes them as they are. The sequence then has `rows` valid rows, in every layer.
     ///
     /// # Errors
     /// `InvalidInput` when layer, sequence, rows or a length is out of range; `OutOfMemory` when too few of the pool's pages are free;

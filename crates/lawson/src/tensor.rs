@@ -177,7 +177,8 @@ impl DeviceTensor {
     /// # Safety
     /// The elements are the GPU's to use, in its primary context, until the tensor is dropped and all work enqueued with it is done. Whoever
     /// else writes what that work reads, or uses what it writes, comes before or behind it: in the context's stream
-    /// ([`Context::with_cuda_stream`] takes the caller's), or after waiting for it ([`Context::synchronize`]).
+    /// ([`Context::with_cuda_stream`] takes the caller's), or after waiting for it ([`Context::synchronize`]). No other tensor of a call
+    /// overlaps one that it writes.
     pub unsafe fn from_raw_parts(context: &Context, pointer: *mut c_void, dtype: DType, shape: &[usize]) -> Result<Self> {
         let (device, bytes) = (gpu_of(context)?.device(), bytes_of(dtype, shape)?);
         // SAFETY: the caller's.

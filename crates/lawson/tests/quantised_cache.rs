@@ -243,13 +243,19 @@ fn layers_have_groups_of_their_own() {
             }
             both.commit(&batch).unwrap();
         }
-        both.truncate(0, 50).unwrap();
-        for layer in 0..2 {
+        both.truncate(0, 60).unwrap();
+        let expect = |both: &KvCache, layer, rows| {
             let mut alone = cache(&block, 1, kind);
             append(&block, &mut alone, layer, &[71]);
-            alone.truncate(0, 50).unwrap();
-            assert_eq!(both.export(layer, 0, 50).unwrap(), alone.export(0, 0, 50).unwrap(), "{kind} {layer}");
-        }
+            alone.truncate(0, rows).unwrap();
+            assert_eq!(both.export(layer, 0, rows).unwrap(), alone.export(0, 0, rows).unwrap(), "{kind} {layer} {rows}");
+        };
+        expect(&both, 0, 60);
+        expect(&both, 1, 60);
+        // Replacing one layer shortens the others.
+        let (k, v) = both.export(0, 0, 20).unwrap();
+        both.import(0, 0, 20, &k, &v).unwrap();
+        expect(&both, 1, 20);
     }
 }
 

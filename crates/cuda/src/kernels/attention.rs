@@ -44,7 +44,7 @@ pub struct Call {
     pub mask_row_stride: i64,
     /// Partial results, where keys are split or shared.
     pub parts: u64,
-    /// Zeros, one for each (sequence, group of rows), where keys are shared; zeros again afterwards.
+    /// Zeros, one for each (sequence, tile of rows, key/value head), where keys are shared; zeros again afterwards.
     pub counters: u64,
 }
 

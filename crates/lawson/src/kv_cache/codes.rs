@@ -85,8 +85,7 @@ impl CodeCache {
 
     /// Replaces sequence `b` of `layer` by `rows` rows of `k` and `v` [G, rows, D], which then are the valid ones of every layer.
     pub fn import(&mut self, layer: usize, b: usize, rows: usize, [k, v]: [&[f32]; 2], lengths: &mut [usize]) {
-        lengths[b] = rows;
-        self.written.iter_mut().skip(b).step_by(lengths.len()).for_each(|written| *written = rows);
+        self.set_len(b, rows, lengths);
         let (to, d) = (self.rows(layer, lengths), self.shape[1]);
         for (i, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
             // SAFETY: k and v are rows of D elements, the places are the cache's, rows come in their order, and `self` is borrowed mutably.
