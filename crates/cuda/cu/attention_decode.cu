@@ -211,12 +211,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     done.sequence.rows = 0;
 #pragma unroll 1
     for (int end = 0;;) {
-        // Rows lane / 4 and 8 further: their queries as A fragments, positions, slopes. They are on their way while the sums are merged.
+        // Rows lane / 4 and 8 further: their queries as A fragments, positions, slopes.
         const Sequence s = item.sequence;
         unsigned q[DIM / 16][4];
         int position[2];
         [[maybe_unused]] float slope[2];
-        if (end < count) {
+        const auto load_queries = [&] {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int r = lane / 4 + 8 * half, i = min(token_of(r), s.tokens - 1), h = head_of(item, r);
@@ -238,7 +238,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
                     }
                 }
             }
-        }
+        };
+        // They are on their way while the sums are merged, where registers have room for both.
+        if (DIM <= 128 && end < count) load_queries();
 
         // The warps' sums, in the order of the warps; the keys behind them are on their way meanwhile.
         const bool whole = done.at >= 0 && done.at + done.sequence.steps <= count;
@@ -291,6 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             }
         }
         if (end == count) break;
+        if (DIM > 128) load_queries();
 
         end = min(item.at + s.steps, count);
         if (item.at < 0 || item.at + s.steps > count) {
