@@ -212,11 +212,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
 #pragma unroll 1
     for (int end = 0;;) {
         // Rows lane / 4 and 8 further: their queries as A fragments, positions, slopes.
-        const Sequence s = item.sequence;
         unsigned q[DIM / 16][4];
         int position[2];
         [[maybe_unused]] float slope[2];
         const auto load_queries = [&] {
+            const Sequence& s = item.sequence;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int r = lane / 4 + 8 * half, i = min(token_of(r), s.tokens - 1), h = head_of(item, r);
@@ -293,7 +293,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             }
         }
         if (end == count) break;
-        if (DIM > 128) load_queries();
+        if (DIM > 128) {
+            if (done.sequence.rows > 0) next_item(item);
+            load_queries();
+        }
+        const Sequence s = item.sequence;
 
         end = min(item.at + s.steps, count);
         if (item.at < 0 || item.at + s.steps > count) {
@@ -419,8 +423,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         done = item;
-        if (end < count) next_item(item);
-        else allow_next_kernel();
+        if (end == count) allow_next_kernel();
+        else if (DIM <= 128) next_item(item);
     }
 
     // The last block to arrive at a shared item merges its parts. The counter wraps to 0, ready for the next launch.

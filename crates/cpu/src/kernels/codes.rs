@@ -224,7 +224,7 @@ impl CodeRows {
 
     /// Minima behind `ranges` scales, where the codes have any.
     #[inline(always)]
-    pub fn minima(&self, scales: *const f16, ranges: usize) -> Option<*const f16> {
+    fn minima(&self, scales: *const f16, ranges: usize) -> Option<*const f16> {
         (self.codes.scales(1) > 1).then(|| scales.wrapping_add(ranges))
     }
 }

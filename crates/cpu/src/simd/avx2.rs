@@ -4,7 +4,7 @@ use core::arch::{asm, x86_64::*};
 
 use half::{bf16, f16};
 
-use super::{Load, QueryTile, ScoreTile, Simd};
+use super::{Elem, QueryTile, ScoreTile, Simd};
 
 /// Proves that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -198,8 +198,8 @@ impl Simd for Avx2 {
     /// In assembly for the same reason: 12 sums, three keys and a query take all registers. Eight sums would fit without, but then each
     /// waits for its last FMA.
     #[inline(always)]
-    unsafe fn score_tile<T: Load>(self, t: &ScoreTile<T>) -> bool {
-        if !t.d.is_multiple_of(16) || T::PACKED > 1 || size_of::<T>() != 4 && !T::EVEN_ODD {
+    unsafe fn score_tile<T: Elem>(self, t: &ScoreTile<T>) -> bool {
+        if !t.d.is_multiple_of(16) || size_of::<T>() != 4 && !T::EVEN_ODD {
             return false;
         }
         // Keys that lie together are fetched in the order of their addresses.
@@ -410,14 +410,6 @@ impl Simd for Avx2 {
     unsafe fn store_f16(self, p: *mut f16, v: __m256) {
         // SAFETY: the caller's; 8 × 2 bytes are written.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
-    }
-    #[inline(always)]
-    fn deinterleave(self, [a, b]: [__m256; 2]) -> [__m256; 2] {
-        // SAFETY: the token proves AVX2. Within 128 bits first, then fours change places.
-        unsafe {
-            let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b));
-            [even, odd].map(|v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v))))
-        }
     }
     #[inline(always)]
     fn interleave(self, [even, odd]: [__m256; 2]) -> [__m256; 2] {

@@ -315,15 +315,6 @@ impl<D: Dots> Simd for Avx512<D> {
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
     }
     #[inline(always)]
-    fn deinterleave(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
-        // SAFETY: the token proves AVX-512 F.
-        unsafe {
-            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-            [_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)]
-        }
-    }
-    #[inline(always)]
     fn interleave(self, [even, odd]: [__m512; 2]) -> [__m512; 2] {
         // SAFETY: the token proves AVX-512 F.
         unsafe {

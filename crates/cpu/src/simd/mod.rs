@@ -188,7 +188,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// q is readable as [4, D], k as [3, D], p writable as [3, 4].
     #[inline(always)]
-    unsafe fn score_tile<T: Load>(self, _t: &ScoreTile<T>) -> bool {
+    unsafe fn score_tile<T: Elem>(self, _t: &ScoreTile<T>) -> bool {
         false
     }
 
@@ -222,9 +222,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn copysign(self, v: Self::F, sign: Self::F) -> Self::F;
     /// Lanes 2i and 2i + 1 exchanged.
     fn swap_pairs(self, v: Self::F) -> Self::F;
-    /// Elements at even places of two vectors that lie side by side, and those at odd ones.
-    fn deinterleave(self, v: [Self::F; 2]) -> [Self::F; 2];
-    /// [`Simd::deinterleave`] backwards.
+    /// Two vectors that lie side by side, from their elements at even places and those at odd ones.
     fn interleave(self, v: [Self::F; 2]) -> [Self::F; 2];
     /// Transposes a square of `LANES` × `LANES` elements of 32 bits.
     /// # Safety

@@ -146,10 +146,6 @@ impl Simd for Portable {
         [v[1], v[0], v[3], v[2]]
     }
     #[inline(always)]
-    fn deinterleave(self, [a, b]: [V; 2]) -> [V; 2] {
-        [[a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]]]
-    }
-    #[inline(always)]
     fn interleave(self, [a, b]: [V; 2]) -> [V; 2] {
         [[a[0], b[0], a[1], b[1]], [a[2], b[2], a[3], b[3]]]
     }
