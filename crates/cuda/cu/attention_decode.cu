@@ -15,29 +15,35 @@
 // Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); even shares: Stream-K (arXiv:2301.03598); online softmax: softmax_state.cuh.
 //
 // Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (P, a multiple of 16 from 16 to 256, at least D), SCORE_FEATURES (0: softcap, alibi
-// and mask below must be 0 or null; 1: each is a run-time switch), WARPS and STAGES, at least 2. Pages have 16 rows or more.
+// and mask below must be 0 or null; 1: each is a run-time switch), WARPS and STAGES, at least 2, COPY_ENGINE (1: one thread of a warp has the copy engine
+// fetch whole steps, which memory serves faster than the same bytes asked for row by row; 0: every thread copies 16 bytes at a time).
+// Pages have 16 rows or more.
+//
+// COPY_ENGINE needs: k, v and all their strides multiples of 16 bytes; sm_90 or later. k_map, v_map: boxes of 16 rows.
 //
 // Launch: one block fills an SM with copies on their way, from as few places in memory as possible.
 //   block   32·WARPS threads
-//   shared  (64·STAGES + 16)·WARPS·(P + 8) + 128·WARPS + 128 bytes, dynamic
+//   shared  WARPS·(STAGES·step + 16·(P + 8) + 128) + 128 bytes, dynamic, where P > 128 32·P more
+//           step = 64·(P + 8); with COPY_ENGINE 4096·⌈P / 64⌉ + 16, and 1024 bytes more in all
 //   grid    x = blocks that share a row of steps, y = ⌈S_max · (H/G) / 16⌉
 //   parts   [2·x·y, part_rows, P] f32 and states [2·x·y, part_rows, 2] f32; not touched, nor are counters, when x = 1
 #include "prelude.cuh"
-#include "cache.cuh"
-#include "tile.cuh"
-#include "mma_sm80.cuh"
+#include "decode_steps.cuh"
 #include "softmax_state.cuh"
 
-constexpr int THREADS = 32 * WARPS, ROWS = 16, STEP = 16;
-constexpr int DIM = HEAD_DIM_PADDED, PITCH = tile_pitch(DIM), DIM_TILES = DIM / 8, KEY_TILES = STEP / 8;
-constexpr int TILE_BYTES = 2 * PITCH * STEP, STAGE_BYTES = 2 * TILE_BYTES;  // K and V of one step
-constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
+constexpr int THREADS = 32 * WARPS, ROWS = 16;
+constexpr int DIM = HEAD_DIM_PADDED, DIM_TILES = DIM / 8, KEY_TILES = STEP / 8;
 constexpr int MERGE_ROWS = 4;       // of the warps' sums, which are merged so many at a time
 constexpr int SUM_PITCH = DIM + 8;  // floats
 constexpr int SUM_BYTES = 4 * MERGE_ROWS * SUM_PITCH;  // of a warp
+// Queries are in shared memory where registers have no room for them beside the sums. Where they have, the next item's are on their way while the sums
+// are merged; for architectures from 10.0 on the assembler would spill.
+constexpr bool SHARED_QUERIES = DIM > 128, EARLY_QUERIES = DIM < 128 || (DIM == 128 && __CUDA_ARCH__ < 1000);
+constexpr int QUERY_BYTES = SHARED_QUERIES ? 2 * ROWS * DIM : 0;
+constexpr int MERGED_BYTES = 128;  // of what two items of the block share with others
 static_assert(DIM % 16 == 0 && DIM <= 256 && STAGES >= 2, "whole fragments, one step ahead");
 
-struct Params {
+struct DecodeCall {
     const unsigned short* q;    // token t, head h at t·q_stride + h·head_dim
     unsigned short* out;        // the same with out_stride
     float* lse;                 // [T, H], natural logarithm, sinks included; null: not wanted
@@ -63,12 +69,7 @@ struct Params {
     int part_rows;  // min(S_max · (H/G), 16)
     int reserved;
 };
-
-struct KeyRows {
-    const unsigned short* base;
-    long long stride;
-    __device__ __forceinline__ const unsigned short* operator()(int r, bool) const { return base + r * stride; }
-};
+struct Params : StepSource, DecodeCall {};
 
 // What one tile of a sequence's rows sees, the same for each of its heads.
 struct Sequence {
@@ -88,11 +89,20 @@ struct SharedItem {
     Item item;
     int first_block, parts;
 };
+static_assert(2 * (sizeof(SharedItem) + sizeof(int)) <= MERGED_BYTES, "two items and which of them this block merges");
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char shared[];
-    wait_for_previous_kernel();
     const int group = p.heads / p.kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    unsigned char* const tiles = shared + (-shared_address(shared) & (Steps::ALIGNMENT - 1));
+    float* const sums = reinterpret_cast<float*>(tiles + WARPS * Steps::BYTES);                         // [WARPS, MERGE_ROWS, SUM_PITCH]
+    float2* const warp_states = reinterpret_cast<float2*>(tiles + WARPS * (Steps::BYTES + SUM_BYTES));  // [WARPS, ROWS]
+    SharedItem* const shared_items = reinterpret_cast<SharedItem*>(warp_states + WARPS * ROWS);  // at most 2: what the share begins and ends with
+    int* const last = reinterpret_cast<int*>(shared_items + 2);                                  // [2], whether this block came last to them
+    [[maybe_unused]] uint4* const queries = reinterpret_cast<uint4*>(reinterpret_cast<unsigned char*>(shared_items) + MERGED_BYTES);  // fragments [P / 16, lane]
+    Steps steps(p, p.cache, p.head_dim, shared_address(tiles) + warp * Steps::BYTES,
+                shared_address(queries) + QUERY_BYTES + warp * Steps::BARRIER_BYTES, lane);
+    wait_for_previous_kernel();
     // Token of row r of the tile, and its head.
     const auto token_of = [&](int r) { return int(blockIdx.y * ROWS + r) / group; };
     const auto head_of = [&](const Item& i, int r) { return i.g * group + int(blockIdx.y * ROWS + r) % group; };
@@ -156,67 +166,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     item.g = (begin - before) / item.sequence.steps;
     item.at = before + item.g * item.sequence.steps - begin;
 
-    const unsigned warp_shared = shared_address(shared) + warp * WARP_BYTES;
-    const bool paged = p.cache.table;
-    const bool kv_wide = (((unsigned long long)p.cache.k | (unsigned long long)p.cache.v) % 16 == 0) && p.head_dim % 8 == 0 &&
-                         (p.cache.sequence_stride | p.cache.head_stride | p.cache.row_stride) % 8 == 0;
-    // The next step to load, the item that it belongs to, and where its first key lies.
+    // The next step to load, and the item that it belongs to.
     int ahead = warp;
     Item ahead_item = item;
-    long long ahead_offset;
+    const auto first_ahead = [&] { return ahead_item.sequence.keys_begin + (ahead - ahead_item.at) * STEP; };
     const auto find_ahead = [&] {
         if (ahead >= count) return;
         while (ahead >= ahead_item.at + ahead_item.sequence.steps) next_item(ahead_item);
-        const int j = ahead_item.sequence.keys_begin + (ahead - ahead_item.at) * STEP;  // a page has whole steps
-        ahead_offset = paged ? cache_row<1>(p.cache, ahead_item.b, ahead_item.g, j) : cache_row<0>(p.cache, ahead_item.b, ahead_item.g, j);
+        steps.find(ahead_item.b, ahead_item.g, first_ahead());
     };
-    const auto load_ahead = [&](int stage) {
-        if (ahead < count) {
-            const unsigned to = warp_shared + stage * STAGE_BYTES;
-            const Sequence& s = ahead_item.sequence;
-            const int valid = s.past + s.tokens - (s.keys_begin + (ahead - ahead_item.at) * STEP);
-            load_tile<STEP, DIM, 32>(to, valid, p.head_dim, kv_wide, lane, KeyRows{(const unsigned short*)p.cache.k + ahead_offset, p.cache.row_stride});
-            copies_commit();
-            load_tile<STEP, DIM, 32>(to + TILE_BYTES, valid, p.head_dim, kv_wide, lane,
-                                     KeyRows{(const unsigned short*)p.cache.v + ahead_offset, p.cache.row_stride});
-        } else {
-            copies_commit();
-        }
-        copies_commit();
+    const auto load_ahead = [&] {
+        steps.load(ahead_item.g, ahead_item.sequence.past + ahead_item.sequence.tokens - first_ahead(), ahead < count);
         ahead += WARPS;
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) {
         find_ahead();
-        load_ahead(i);
+        load_ahead();
     }
     find_ahead();
 
-    float* const sums = reinterpret_cast<float*>(shared + WARPS * WARP_BYTES);                      // [WARPS, MERGE_ROWS, SUM_PITCH]
-    float2* const warp_states = reinterpret_cast<float2*>(shared + WARPS * (WARP_BYTES + SUM_BYTES));  // [WARPS, ROWS]
-    SharedItem* const shared_items = reinterpret_cast<SharedItem*>(warp_states + WARPS * ROWS);  // at most 2: what the share begins and ends with
-    int* const last = reinterpret_cast<int*>(shared_items + 2);                                  // [2], whether this block came last to them
     int shared_count = 0;
     const bool q_wide = (unsigned long long)p.q % 4 == 0 && (p.q_stride | p.head_dim) % 2 == 0;
     const bool out_wide = (unsigned long long)p.out % 8 == 0 && (p.out_stride | p.head_dim) % 4 == 0;
     const float factor = SCORE_FEATURES ? 1.0f : fabsf(p.scale) * LOG2E;
-    const unsigned k_lane = warp_shared + 2 * lane_offset_b(lane, PITCH), v_lane = warp_shared + TILE_BYTES + 2 * lane_offset_b_transposed(lane, PITCH);
     // Of the parts, those of items that the blocks go on with come first.
     const int blocks = gridDim.x * gridDim.y, row_of_blocks = blockIdx.y * gridDim.x;
     const auto parts_of = [&](int block, bool begun) { return (row_of_blocks + block + (begun ? blocks : 0)) * p.part_rows; };
 
-    int stage = 0, stage_ahead = STAGES - 1, step = warp;
+    int step = warp;
     float acc[DIM_TILES][4], m[2], l[2] = {};
     Item done = item;  // whose sums are in acc, m and l; none yet
     done.sequence.rows = 0;
 #pragma unroll 1
     for (int end = 0;;) {
         // Rows lane / 4 and 8 further: their queries as A fragments, positions, slopes.
-        unsigned q[DIM / 16][4];
+        unsigned q[SHARED_QUERIES ? 1 : DIM / 16][4];
         int position[2];
         [[maybe_unused]] float slope[2];
         const auto load_queries = [&] {
             const Sequence& s = item.sequence;
+            const unsigned short* row[2];
+            int columns[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int r = lane / 4 + 8 * half, i = min(token_of(r), s.tokens - 1), h = head_of(item, r);
@@ -224,23 +215,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
 #if SCORE_FEATURES
                 slope[half] = p.alibi_slopes ? __ldg(p.alibi_slopes + h) * LOG2E : 0.0f;
 #endif
-                const unsigned short* const row = p.q + (s.start + i) * p.q_stride + h * p.head_dim + 2 * (lane % 4);
-                const int columns = r < s.rows ? p.head_dim - 2 * (lane % 4) : 0;
-                if (q_wide) {
+                row[half] = p.q + (s.start + i) * p.q_stride + h * p.head_dim + 2 * (lane % 4);
+                columns[half] = r < s.rows ? p.head_dim - 2 * (lane % 4) : 0;
+            }
+            const auto fragment = [&](unsigned (&f)[4], int k) {
 #pragma unroll
-                    for (int k = 0; k < DIM / 8; ++k)
-                        q[k / 2][half + 2 * (k % 2)] = k * 8 < columns ? __ldg(reinterpret_cast<const unsigned*>(row + k * 8)) : 0;
-                } else {
-#pragma unroll
-                    for (int k = 0; k < DIM / 8; ++k) {
-                        const unsigned low = k * 8 < columns ? __ldg(row + k * 8) : 0, high = k * 8 + 1 < columns ? __ldg(row + k * 8 + 1) : 0;
-                        q[k / 2][half + 2 * (k % 2)] = low | high << 16;
+                for (int e = 0; e < 4; ++e) {
+                    const int half = e % 2, c = k * 16 + e / 2 * 8;
+                    if (q_wide) {
+                        f[e] = c < columns[half] ? __ldg(reinterpret_cast<const unsigned*>(row[half] + c)) : 0;
+                    } else {
+                        const unsigned low = c < columns[half] ? __ldg(row[half] + c) : 0, high = c + 1 < columns[half] ? __ldg(row[half] + c + 1) : 0;
+                        f[e] = low | high << 16;
                     }
                 }
+            };
+            if constexpr (SHARED_QUERIES) {
+                for (int k = warp; k < DIM / 16; k += WARPS) {
+                    unsigned f[4];
+                    fragment(f, k);
+                    queries[k * 32 + lane] = make_uint4(f[0], f[1], f[2], f[3]);
+                }
+                __syncthreads();
+            } else {
+#pragma unroll
+                for (int k = 0; k < DIM / 16; ++k) fragment(q[k], k);
             }
         };
-        // They are on their way while the sums are merged, where registers have room for both.
-        if (DIM <= 128 && end < count) load_queries();
+        if (EARLY_QUERIES && end < count) load_queries();
 
         // The warps' sums, in the order of the warps; the keys behind them are on their way meanwhile.
         const bool whole = done.at >= 0 && done.at + done.sequence.steps <= count;
@@ -293,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
             }
         }
         if (end == count) break;
-        if (DIM > 128) {
+        if (!EARLY_QUERIES) {
             if (done.sequence.rows > 0) next_item(item);
             load_queries();
         }
@@ -319,22 +321,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
         const int all_begin = p.window ? s.past + min(last_token, s.tokens - 1) - p.window + 1 : 0;
 #pragma unroll 1
         for (; step < end; step += WARPS) {
-            copies_wait<2 * STAGES - 3>();  // all but its values and the steps behind it
-            __syncwarp();
-            load_ahead(stage_ahead);  // into the stage that the previous pass read
+            steps.wait_for_keys();
+            load_ahead();  // into the stage that the previous pass read
             find_ahead();
 
-            const unsigned stage_offset = stage * STAGE_BYTES;
             float x[KEY_TILES][4] = {};
 #pragma unroll
-            for (int k = 0; k < DIM / 16; ++k)
+            for (int k = 0; k < DIM / 16; ++k) {
+                unsigned a[4];
+                if constexpr (SHARED_QUERIES) {
+                    const uint4 f = queries[k * 32 + lane];
+                    a[0] = f.x, a[1] = f.y, a[2] = f.z, a[3] = f.w;
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) a[e] = q[k][e];
+                }
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n += 2) {
                     unsigned f[4];
-                    ldmatrix4(f, k_lane + stage_offset + 2 * (n * 8 * PITCH + k * 16));
-                    mma<DTYPE>(x[n], q[k], f[0], f[1]);
-                    mma<DTYPE>(x[n + 1], q[k], f[2], f[3]);
+                    ldmatrix4(f, steps.keys(n, k));
+                    mma<DTYPE>(x[n], a, f[0], f[1]);
+                    mma<DTYPE>(x[n + 1], a, f[2], f[3]);
                 }
+            }
             const int j0 = s.keys_begin + (step - item.at) * STEP, column = j0 + 2 * (lane % 4);
 #if SCORE_FEATURES
             const float inverse_cap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
@@ -395,36 +404,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
                     for (int n = 0; n < DIM_TILES; ++n) acc[n][2 * half] *= w, acc[n][2 * half + 1] *= w;
                 }
             }
-            copies_wait<2 * STAGES - 2>();
-            __syncwarp();
+            steps.wait_for_values(total_keys - j0);
+            unsigned weights[4];
 #pragma unroll
-            for (int k = 0; k < STEP / 16; ++k) {
-                unsigned a[4];
+            for (int n = 0; n < KEY_TILES; ++n) {
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    float (&y)[4] = x[2 * k + n];
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        y[e] = exp2_approx(fmaf(y[e], factor, -m[e / 2]));
-                        l[e / 2] += y[e];
-                    }
-                    a[2 * n] = pack2<DTYPE>(y[0], y[1]);
-                    a[2 * n + 1] = pack2<DTYPE>(y[2], y[3]);
+                for (int e = 0; e < 4; ++e) {
+                    x[n][e] = exp2_approx(fmaf(x[n][e], factor, -m[e / 2]));
+                    l[e / 2] += x[n][e];
                 }
-#pragma unroll
-                for (int n = 0; n < DIM_TILES; n += 2) {
-                    unsigned f[4];
-                    ldmatrix4_transposed(f, v_lane + stage_offset + 2 * (k * 16 * PITCH + n * 8));
-                    mma<DTYPE>(acc[n], a, f[0], f[1]);
-                    mma<DTYPE>(acc[n + 1], a, f[2], f[3]);
-                }
+                weights[2 * n] = pack2<DTYPE>(x[n][0], x[n][1]);
+                weights[2 * n + 1] = pack2<DTYPE>(x[n][2], x[n][3]);
             }
-            stage_ahead = stage;
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+#pragma unroll
+            for (int n = 0; n < DIM_TILES; n += 2) {
+                unsigned f[4];
+                ldmatrix4_transposed(f, steps.values(n));
+                mma<DTYPE>(acc[n], weights, f[0], f[1]);
+                mma<DTYPE>(acc[n + 1], weights, f[2], f[3]);
+            }
+            steps.advance();
         }
         done = item;
         if (end == count) allow_next_kernel();
-        else if (DIM <= 128) next_item(item);
+        else if (EARLY_QUERIES) next_item(item);
     }
 
     // The last block to arrive at a shared item merges its parts. The counter wraps to 0, ready for the next launch.

@@ -14,8 +14,7 @@
 // Macros: DTYPE (1 bf16, 2 f16; also the cache's), HEAD_DIM_PADDED (64, 128 or 256, at least D), SCORE_FEATURES (as in attention_prefill.cu).
 //
 // Needs: D a multiple of 8; q, out, k, v and all strides of them multiples of 16 bytes; sm_90a.
-// k_map, v_map: K and V as [B or pages, G, rows, D], boxes of 64 columns by KEYS rows, or a page where that is less, swizzled by 128 bytes;
-// rows: those that lie in memory, so that a box that reaches behind them gets 0.
+// k_map, v_map: boxes of KEYS rows, or a page where that is less.
 //
 // Launch, for P = HEAD_DIM_PADDED:
 //   block   128 · (1 + ROWS / 64) threads
@@ -40,10 +39,7 @@ constexpr int UNITS = DIM / 8;  // of a row, 16 bytes each
 // Registers of the threads that copy and of those that compute; all together what THREADS threads have at the start.
 constexpr int FEW = WARPGROUPS == 3 ? 32 : 24, MANY = WARPGROUPS == 3 ? 160 : 240;
 
-struct Maps {
-    TensorMap k_map, v_map;
-};
-struct Params : Maps, PrefillCall {};
+struct Params : CacheMaps, PrefillCall {};
 
 // A tile of query rows of one pair of sequence and key/value head.
 struct Item {

@@ -59,7 +59,7 @@ pub struct Shape {
     pub kv_dtype: DType,
     /// Whether the cache lies in pages.
     pub paged: bool,
-    /// Whether the copy engine can read the cache: its strides are multiples of 16 bytes.
+    /// Whether a copy engine can read the cache: its strides are multiples of 16 bytes.
     pub copied: bool,
     /// Sequences.
     pub sequences: usize,
@@ -159,6 +159,17 @@ pub struct DecodeParams {
 // SAFETY: #[repr(C)], the fields of the source's struct in its order, without padding.
 unsafe impl KernelParams for DecodeParams {}
 
+/// Parameters of `attention_decode` where the copy engine brings keys and values.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct CopiedDecodeParams {
+    pub k_map: TensorMap,
+    pub v_map: TensorMap,
+    pub call: DecodeParams,
+}
+// SAFETY: #[repr(C)], the fields of the source's struct in its order; the kernel reads no padding, which is at the end.
+unsafe impl KernelParams for CopiedDecodeParams {}
+
 /// Parameters of `attention_f32` and `attention_f32_merge`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -199,6 +210,12 @@ unsafe impl KernelParams for F32Params {}
 const PADDED: [usize; 7] = [32, 64, 80, 96, 128, 192, 256];
 /// Rows of queries of a block of the decode kernel.
 const DECODE_ROWS: usize = 16;
+/// Keys that a warp of the decode kernel takes at a time.
+const DECODE_STEP: usize = 16;
+/// Compute capability of the GPUs with warpgroup products.
+const HOPPER: (u32, u32) = (9, 0);
+/// From which on GPUs have a copy engine.
+const COPY_ENGINE: (u32, u32) = (9, 0);
 /// Shared memory of a block that the sources' own tiles are made for; less asks for fewer stages.
 const HOPPER_SHARED: u32 = 227 * 1024;
 
@@ -239,11 +256,11 @@ impl Shape {
 
     /// What is compiled.
     pub fn instance(&self, info: &DeviceInfo) -> Instance {
-        self.instance_for(info.shared_memory_per_block, is_hopper(info.compute_capability))
+        self.instance_for(info.compute_capability, info.shared_memory_per_block)
     }
 
     /// The same where a block can have `shared` bytes of shared memory.
-    pub(super) fn instance_for(&self, shared: u32, hopper: bool) -> Instance {
+    pub(super) fn instance_for(&self, capability: (u32, u32), shared: u32) -> Instance {
         if !self.fits_tensor_cores() {
             let chunked = self.spec.head_dim > 256;
             let padded = if chunked { 256 } else { self.f32_padded() };
@@ -256,17 +273,17 @@ impl Shape {
             ];
             return Instance::new(&ATTENTION_F32, &macros);
         }
-        let macros = |features: bool| {
-            let (dtype, padded) = (geometry::code(self.dtype), self.padded() as i64);
-            vec![("DTYPE", dtype), ("HEAD_DIM_PADDED", padded), ("SCORE_FEATURES", i64::from(features))]
+        let macros = |padded: usize, features: bool| {
+            let dtype = geometry::code(self.dtype);
+            vec![("DTYPE", dtype), ("HEAD_DIM_PADDED", padded as i64), ("SCORE_FEATURES", i64::from(features))]
         };
-        if let Some(own) = self.decode_tiles(shared).filter(|_| self.decode) {
-            let mut macros = macros(self.score_rules());
-            macros.extend([("WARPS", own.warps as i64), ("STAGES", own.stages as i64)]);
+        if let Some(own) = self.decode_tiles(capability, shared).filter(|_| self.decode) {
+            let mut macros = macros(own.padded, self.score_rules());
+            macros.extend([("WARPS", own.warps as i64), ("STAGES", own.stages as i64), ("COPY_ENGINE", i64::from(own.copied))]);
             return Instance::new(&ATTENTION_DECODE, &macros);
         }
-        let mut macros = macros(self.score_features());
-        if hopper && self.copied && self.hopper_tiles().is_some() {
+        let mut macros = macros(self.padded(), self.score_features());
+        if self.hopper_tiles(capability).is_some() {
             return Instance::new(&ATTENTION_PREFILL_SM90, &macros);
         }
         macros.push(("PAGED", i64::from(self.paged)));
@@ -282,20 +299,30 @@ impl Shape {
 
     /// Tiles of the decode kernel where a block can have `shared` bytes; none where two stages do not fit: the prefill kernel takes few queries
     /// too.
-    fn decode_tiles(&self, shared: u32) -> Option<DecodeTiles> {
-        let p = self.padded();
+    fn decode_tiles(&self, capability: (u32, u32), shared: u32) -> Option<DecodeTiles> {
+        // The engine's boxes have 64 columns; what it cannot copy is rare beside it and shares the paddings.
+        let engine = capability >= COPY_ENGINE;
+        let (p, copied) = (if engine { self.spec.head_dim.next_multiple_of(64) } else { self.padded() }, engine && self.copied);
         let most = shared.min(HOPPER_SHARED) as usize;
+        // K and V of a step of a warp; what warps merge; queries that have no room in registers, and what the layout is aligned by.
+        let step = if copied { 4 * DECODE_STEP * p + 16 } else { 4 * DECODE_STEP * (p + 8) };
+        let merging = 16 * (p + 8) + 128;
+        let rest = 128 + if p > 128 { 2 * DECODE_ROWS * p } else { 0 } + if copied { 1024 } else { 0 };
         let of = |warps: usize| {
-            // K and V of a step of each warp; what is merged.
-            let (stage, merging) = (64 * warps * (p + 8), 16 * warps * (p + 8) + 128 * warps + 128);
-            let stages = (most.saturating_sub(merging) / stage).min(8);
-            (stages >= 2).then_some(DecodeTiles { warps, stages, shared: stage * stages + merging })
+            let stages = (most.saturating_sub(warps * merging + rest) / (warps * step)).min(8);
+            (stages >= 2).then_some(DecodeTiles {
+                padded: p,
+                warps,
+                stages,
+                copied,
+                shared: warps * (stages * step + merging) + rest,
+            })
         };
         if p <= 128 { of(8).or_else(|| of(4)) } else { of(4) }
     }
 
-    /// Tiles of the kernel for Hopper, if it takes the shape.
-    fn hopper_tiles(&self) -> Option<HopperTiles> {
+    /// Tiles of the kernel for Hopper, if it takes the shape there.
+    fn hopper_tiles(&self, capability: (u32, u32)) -> Option<HopperTiles> {
         let p = self.padded();
         let (rows, keys) = match p {
             64 if self.score_features() => (192, 64),
@@ -305,7 +332,8 @@ impl Shape {
             _ => return None,
         };
         let shared = 2 * p * (rows + 4 * keys) + 64 + 1024;
-        self.spec.head_dim.is_multiple_of(8).then_some(HopperTiles { rows, keys, shared })
+        let takes = capability == HOPPER && self.copied && self.spec.head_dim.is_multiple_of(8);
+        takes.then_some(HopperTiles { rows, keys, shared })
     }
 
     /// Tiles of the prefill kernel where a block can have `shared` bytes: two stages where two such blocks fit a multiprocessor.
@@ -333,16 +361,15 @@ struct HopperTiles {
     shared: usize,
 }
 
-/// Whether a GPU has warpgroup products.
-pub(super) fn is_hopper(compute_capability: (u32, u32)) -> bool {
-    compute_capability == (9, 0)
-}
-
 /// What a block of the decode kernel holds.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct DecodeTiles {
+    /// Dimensions of a head that the kernel is compiled for.
+    padded: usize,
     warps: usize,
     stages: usize,
+    /// Whether the copy engine brings keys and values.
+    copied: bool,
     /// Bytes of dynamic shared memory.
     shared: usize,
 }
@@ -374,7 +401,8 @@ pub struct Attention {
 enum Kind {
     Prefill(Kernel<PrefillParams>, Launch, usize),
     Hopper(Kernel<HopperParams>, Launch, HopperTiles),
-    Decode(Kernel<DecodeParams>, Launch),
+    Decode(Kernel<DecodeParams>, Launch, DecodeTiles),
+    CopiedDecode(Kernel<CopiedDecodeParams>, Launch, DecodeTiles),
     F32 { kernel: Kernel<F32Params>, launch: Launch, merge: Option<Kernel<F32Params>> },
 }
 
@@ -396,11 +424,17 @@ impl Attention {
             let launch = Launch::new(grid, 256).shared(shared as u32).overlapping_previous();
             let merge = if shape.splits > 1 { Some(module.kernel("attention_f32_merge")?) } else { None };
             Kind::F32 { kernel: module.kernel("attention_f32")?, launch, merge }
-        } else if let Some(tiles) = shape.decode_tiles(info.shared_memory_per_block).filter(|_| shape.decode) {
+        } else if let Some(tiles) =
+            shape.decode_tiles(info.compute_capability, info.shared_memory_per_block).filter(|_| shape.decode)
+        {
             let grid = [shape.shares as u32, shape.row_tiles() as u32, 1];
             let launch = Launch::new(grid, 32 * tiles.warps as u32).shared(tiles.shared as u32).overlapping_previous();
-            Kind::Decode(module.kernel("attention_decode")?, launch)
-        } else if let Some(tiles) = shape.hopper_tiles().filter(|_| shape.copied && is_hopper(info.compute_capability)) {
+            if tiles.copied {
+                Kind::CopiedDecode(module.kernel("attention_decode")?, launch, tiles)
+            } else {
+                Kind::Decode(module.kernel("attention_decode")?, launch, tiles)
+            }
+        } else if let Some(tiles) = shape.hopper_tiles(info.compute_capability) {
             let blocks = (rows.div_ceil(tiles.rows) * pairs).min(info.multiprocessors as usize);
             let threads = 128 * (1 + tiles.rows / 64);
             let launch = Launch::new([blocks as u32, 1, 1], threads as u32).shared(tiles.shared as u32).overlapping_previous();
@@ -446,12 +480,44 @@ impl Attention {
         }
     }
 
+    fn decode_params(&self, c: &Call, tiles: &DecodeTiles) -> DecodeParams {
+        let (s, a) = (&self.shape, &self.shape.spec);
+        let (part_rows, shared) = ((s.new * a.group()).min(DECODE_ROWS), s.shares > 1);
+        let states = c.parts + (2 * s.shares * s.row_tiles() * part_rows * tiles.padded * 4) as u64;
+        DecodeParams {
+            q: c.q,
+            out: c.out,
+            lse: c.lse,
+            parts: if shared { c.parts } else { 0 },
+            states: if shared { states } else { 0 },
+            counters: if shared { c.counters } else { 0 },
+            starts: c.starts,
+            past: c.past,
+            sinks: c.sinks,
+            slopes: c.slopes,
+            mask: c.mask,
+            q_stride: c.q_stride,
+            out_stride: c.out_stride,
+            mask_sequence_stride: c.mask_sequence_stride,
+            mask_head_stride: c.mask_head_stride,
+            mask_row_stride: c.mask_row_stride,
+            cache: c.cache,
+            scale: a.scale() as f32,
+            softcap: a.softcap.map_or(0.0, |c| c.get() as f32),
+            heads: a.heads as i32,
+            kv_heads: a.kv_heads as i32,
+            head_dim: a.head_dim as i32,
+            sequences: s.sequences as i32,
+            causal: i32::from(a.causal),
+            window: window(a),
+            part_rows: part_rows as i32,
+            reserved: 0,
+        }
+    }
+
     /// Keys and values as the copy engine sees them, in boxes of at most `keys` rows.
     fn cache_maps(&self, c: &Call, keys: usize, device: &Device) -> Result<(TensorMap, TensorMap)> {
         let (s, a, cache) = (&self.shape, &self.shape.spec, &c.cache);
-        if [c.q, c.out].iter().any(|p| p % 16 != 0) || [c.q_stride, c.out_stride].iter().any(|s| s % 8 != 0) {
-            return Err(Error::invalid("attention on this GPU: queries and results must be aligned to 16 bytes"));
-        }
         // Of a page, or those of a head that lie in memory: a box that reaches behind them gets 0.
         let rows = cache.page.max(1);
         let outer = if cache.table == 0 { s.sequences as u64 } else { i32::MAX as u64 };
@@ -486,43 +552,21 @@ impl Attention {
                 unsafe { kernel.launch(launch, &self.prefill_params(c, *rows), problem) }
             }
             Kind::Hopper(kernel, launch, tiles) => {
+                if [c.q, c.out].iter().any(|p| p % 16 != 0) || [c.q_stride, c.out_stride].iter().any(|s| s % 8 != 0) {
+                    return Err(Error::invalid("attention on this GPU: queries and results must be aligned to 16 bytes"));
+                }
                 let (k_map, v_map) = self.cache_maps(c, tiles.keys, kernel.function().device())?;
                 let params = HopperParams { k_map, v_map, call: self.prefill_params(c, tiles.rows) };
                 // SAFETY: the caller's.
                 unsafe { kernel.launch(launch, &params, problem) }
             }
-            Kind::Decode(kernel, launch) => {
-                let (part_rows, shared) = ((s.new * a.group()).min(DECODE_ROWS), s.shares > 1);
-                let states = c.parts + (2 * s.shares * s.row_tiles() * part_rows * s.padded() * 4) as u64;
-                let params = DecodeParams {
-                    q: c.q,
-                    out: c.out,
-                    lse: c.lse,
-                    parts: if shared { c.parts } else { 0 },
-                    states: if shared { states } else { 0 },
-                    counters: if shared { c.counters } else { 0 },
-                    starts: c.starts,
-                    past: c.past,
-                    sinks: c.sinks,
-                    slopes: c.slopes,
-                    mask: c.mask,
-                    q_stride: c.q_stride,
-                    out_stride: c.out_stride,
-                    mask_sequence_stride: c.mask_sequence_stride,
-                    mask_head_stride: c.mask_head_stride,
-                    mask_row_stride: c.mask_row_stride,
-                    cache: c.cache,
-                    scale,
-                    softcap,
-                    heads,
-                    kv_heads,
-                    head_dim,
-                    sequences: s.sequences as i32,
-                    causal,
-                    window,
-                    part_rows: part_rows as i32,
-                    reserved: 0,
-                };
+            Kind::Decode(kernel, launch, tiles) => {
+                // SAFETY: the caller's.
+                unsafe { kernel.launch(launch, &self.decode_params(c, tiles), problem) }
+            }
+            Kind::CopiedDecode(kernel, launch, tiles) => {
+                let (k_map, v_map) = self.cache_maps(c, DECODE_STEP, kernel.function().device())?;
+                let params = CopiedDecodeParams { k_map, v_map, call: self.decode_params(c, tiles) };
                 // SAFETY: the caller's.
                 unsafe { kernel.launch(launch, &params, problem) }
             }
@@ -598,7 +642,10 @@ mod tests {
                     };
                     let tiles = shape.prefill_tiles(shared);
                     assert!(tiles.shared <= shared as usize, "{head_dim}: {} of {shared}", tiles.shared);
-                    assert!(shape.decode_tiles(shared).is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");
+                    for capability in [(8, 0), COPY_ENGINE] {
+                        let tiles = shape.decode_tiles(capability, shared);
+                        assert!(tiles.is_none_or(|t| t.shared <= shared as usize), "{head_dim} of {shared}");
+                    }
                 }
             }
         }

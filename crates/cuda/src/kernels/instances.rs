@@ -46,7 +46,7 @@ pub fn instances(compute_capability: (u32, u32), shared: u32) -> Vec<Instance> {
     }
     all.extend([1, 2, 4, 8].map(|head_dim| Transpose::instance(DType::BF16, head_dim)));
     all.push(Scores::instance());
-    attention(&mut all, shared, attention::is_hopper(compute_capability));
+    attention(&mut all, compute_capability, shared);
     let mut seen = HashSet::new();
     all.retain(|i| seen.insert(i.clone()));
     all
@@ -57,13 +57,13 @@ fn heads(from: DType, to: DType, head_dim: usize, tokens: usize) -> heads::Shape
     heads::Shape { from, to, kv: to, head_dim, rotary_dim, interleaved, heads: [1, 1, 1], tokens, multiprocessors: 1 }
 }
 
-fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
+fn attention(all: &mut Vec<Instance>, capability: (u32, u32), shared: u32) {
     let shape = |head_dim: usize, dtype: DType, new: usize| attention::Shape {
         spec: AttentionSpec::new(1, 1, head_dim),
         dtype,
         kv_dtype: dtype,
         paged: false,
-        copied: true,
+        copied: head_dim.is_multiple_of(8),
         sequences: 1,
         tokens: new,
         new,
@@ -75,7 +75,7 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
         shares: 1,
     };
     // Of the dimensions that kernels are compiled for, and next to them some that the copy engine cannot take.
-    for head_dim in [32, 64, 80, 96, 128, 192, 256, 60, 124, 252] {
+    for head_dim in [32, 64, 80, 96, 128, 192, 256, 60, 124, 188, 252] {
         for dtype in NARROW {
             for decode in [false, true] {
                 let plain = attention::Shape { decode, ..shape(head_dim, dtype, 1) };
@@ -83,15 +83,15 @@ fn attention(all: &mut Vec<Instance>, shared: u32, hopper: bool) {
                 capped.spec.softcap = Real::new(1.0);
                 for shape in [plain, capped] {
                     let paged = attention::Shape { paged: true, ..shape.clone() };
-                    all.extend([shape, paged].map(|s| s.instance_for(shared, hopper)));
+                    all.extend([shape, paged].map(|s| s.instance_for(capability, shared)));
                 }
             }
         }
         for new in [1, 32, 64] {
-            all.push(shape(head_dim, DType::F32, new).instance_for(shared, hopper));
+            all.push(shape(head_dim, DType::F32, new).instance_for(capability, shared));
         }
     }
     for dtype in DTYPES {
-        all.extend([1, 32].map(|new| shape(257, dtype, new).instance_for(shared, hopper)));
+        all.extend([1, 32].map(|new| shape(257, dtype, new).instance_for(capability, shared)));
     }
 }

@@ -56,8 +56,8 @@ sources! {
         ["prelude.cuh", "cache.cuh", "prefill_call.cuh", "tile.cuh", "mma_sm80.cuh", "score_rules.cuh", "softmax_state.cuh"];
     /// The same on Hopper.
     ATTENTION_PREFILL_SM90 = "attention_prefill_sm90" ["attention_prefill_sm90"]
-        ["prelude.cuh", "cache.cuh", "prefill_call.cuh", "tile.cuh", "mma_sm90.cuh", "score_rules.cuh", "softmax_state.cuh"];
+        ["prelude.cuh", "cache.cuh", "prefill_call.cuh", "tile.cuh", "copy_engine.cuh", "mma_sm90.cuh", "score_rules.cuh", "softmax_state.cuh"];
     /// Attention of few queries on tensor cores.
     ATTENTION_DECODE = "attention_decode" ["attention_decode"]
-        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "softmax_state.cuh"];
+        ["prelude.cuh", "cache.cuh", "tile.cuh", "mma_sm80.cuh", "copy_engine.cuh", "decode_steps.cuh", "softmax_state.cuh"];
 }
