@@ -79,6 +79,9 @@ typedef typename Element<DTYPE>::T T;
 typedef typename Element<QKV_DTYPE>::T In;
 typedef typename Element<KV_DTYPE>::T KV;
 
+// A lane's items stay in registers up to here; those of wider heads lie in its local memory.
+constexpr int UNROLLED = ITEMS > 16 ? 1 : ITEMS;
+
 template <int V> struct Constant {
     static constexpr int VALUE = V;
 };
@@ -132,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
     const bool active = local < p.tokens_per_block && slot < slots && t < tokens;
 
     Item<VEC> item[ITEMS];
-#pragma unroll
+#pragma unroll UNROLLED
     for (int i = 0; i < ITEMS; ++i) item[i] = Item<VEC>(lane + i * GROUP, p.head_dim, p.rotary_dim, p.interleaved);
 
     Packed<QKV_DTYPE, VEC> raw[HEADS][ITEMS][2];
@@ -144,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
         if (head < p.q_heads) row = (const In*)p.q + t * p.q_stride + (long long)head * p.head_dim;
         else if (head < p.q_heads + p.k_heads) row = (const In*)p.k + t * p.k_stride + (long long)(head - p.q_heads) * p.head_dim;
         else row = (const In*)p.v + t * p.v_stride + (long long)(head - p.q_heads - p.k_heads) * p.head_dim;
-#pragma unroll
+#pragma unroll UNROLLED
         for (int i = 0; i < ITEMS; ++i) {
             raw[n][i][0].clear();
             raw[n][i][1].clear();
@@ -178,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
         position = t - (p.uniform ? b * p.uniform : __ldg(p.starts + b)) + (p.past ? __ldg(p.past + b) : 0);
     }
     Angles<VEC> angles[ITEMS];
-#pragma unroll
+#pragma unroll UNROLLED
     for (int i = 0; i < ITEMS; ++i) angles[i].compute(p.frequencies, lane + i * GROUP, item[i].pairs, position, p.attention_factor);
 
 #pragma unroll
@@ -190,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
         const float* bias = is_q ? p.q_bias : is_v ? p.v_bias : p.k_bias;
         const float* weight = is_q ? p.q_norm : is_v ? nullptr : p.k_norm;
         float u[ITEMS][2][VEC];
-#pragma unroll
+#pragma unroll UNROLLED
         for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
@@ -207,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
         // Whether there is QK-norm is the same for all lanes, so the shuffles are met by all.
         if (p.q_norm || p.k_norm) {
             float sum = 0.0f;
-#pragma unroll
+#pragma unroll UNROLLED
             for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
                 for (int s = 0; s < 2; ++s)
@@ -216,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
             sum = warp_sum<GROUP>(sum);
             if (weight) {
                 const float r = 1.0f / sqrtf(sum / p.head_dim + p.qk_norm_eps);
-#pragma unroll
+#pragma unroll UNROLLED
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
                     for (int s = 0; s < 2; ++s)
@@ -229,11 +232,11 @@ extern "C" __global__ void __launch_bounds__(256, ITEMS > 2 ? 1 : 2) qkv_epilogu
             }
         }
         if (!on) continue;
-#pragma unroll
+#pragma unroll UNROLLED
         for (int i = 0; i < ITEMS; ++i)
             if (!is_v) angles[i].rotate(u[i][0], u[i][1], item[i].pairs, p.interleaved);
         auto write = [&](auto* out, auto dtype) {
-#pragma unroll
+#pragma unroll UNROLLED
             for (int i = 0; i < ITEMS; ++i) {
                 if (item[i].has_a) store<decltype(dtype)::VALUE, VEC>(out + item[i].a, u[i][0]);
                 if (item[i].has_b) store<decltype(dtype)::VALUE, VEC>(out + item[i].b, u[i][1]);

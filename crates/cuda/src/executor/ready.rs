@@ -31,7 +31,7 @@ pub(super) enum Ready {
     Copy(Transpose),
     Scores(ScoreOp, Scores),
     Softmax(Softmax),
-    Attention(Attention),
+    Attention(Box<Attention>),
     Residual(Residual),
 }
 
@@ -306,7 +306,7 @@ impl Gpu {
                 Op::Alibi => Ready::Scores(ScoreOp::Alibi, Scores::new(module()?, s.score_rows(), s.columns)?),
                 Op::Mask => Ready::Scores(ScoreOp::Mask, Scores::new(module()?, s.score_rows(), s.columns)?),
                 Op::Softmax => Ready::Softmax(Softmax::new(module()?, s.score_rows(), s.columns, s.scores_stride)?),
-                Op::Attention(t) => Ready::Attention(Attention::new(module()?, s.attention(t), info)?),
+                Op::Attention(t) => Ready::Attention(Box::new(Attention::new(module()?, s.attention(t), info)?)),
                 Op::Residual => Ready::Residual(Residual::new(module()?, s.dtype(), s.tokens, e, mp)?),
                 other => return Err(missing(other.name())),
             });

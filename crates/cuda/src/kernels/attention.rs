@@ -1,7 +1,10 @@
 //! Attention: `cu/attention_prefill.cu` (on Hopper `cu/attention_prefill_sm90.cu`) and `cu/attention_decode.cu` on tensor cores, `cu/attention_f32.cu`
 //! for f32 and whatever those do not take.
 
-use std::fmt::Display;
+use std::{
+    fmt::Display,
+    sync::{Mutex, PoisonError},
+};
 
 use lawson_core::{DType, Error, Result, problem::AttentionSpec};
 
@@ -390,14 +393,16 @@ fn window(a: &AttentionSpec) -> i32 {
 }
 
 /// The kernel that a shape takes, with its geometry.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Attention {
     kind: Kind,
     shape: Shape,
     section: usize,
+    /// Of the cache of the last call: one call after another has the same, and the driver takes its time to make them.
+    maps: Mutex<Option<(Cache, TensorMap, TensorMap)>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Kind {
     Prefill(Kernel<PrefillParams>, Launch, usize),
     Hopper(Kernel<HopperParams>, Launch, HopperTiles),
@@ -447,7 +452,7 @@ impl Attention {
         };
         // So many pairs of sequence and head run side by side that their K and V stay in half of the second-level cache.
         let section = (info.l2_bytes as usize / 2 / (4 * d * shape.rows).max(1)).clamp(1, pairs.max(1));
-        Ok(Attention { kind, shape, section })
+        Ok(Attention { kind, shape, section, maps: Mutex::default() })
     }
 
     fn prefill_params(&self, c: &Call, rows: usize) -> PrefillParams {
@@ -518,6 +523,10 @@ impl Attention {
     /// Keys and values as the copy engine sees them, in boxes of at most `keys` rows.
     fn cache_maps(&self, c: &Call, keys: usize, device: &Device) -> Result<(TensorMap, TensorMap)> {
         let (s, a, cache) = (&self.shape, &self.shape.spec, &c.cache);
+        let mut last = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, k, v)) = last.filter(|(of, ..)| of == cache) {
+            return Ok((k, v));
+        }
         // Of a page, or those of a head that lie in memory: a box that reaches behind them gets 0.
         let rows = cache.page.max(1);
         let outer = if cache.table == 0 { s.sequences as u64 } else { i32::MAX as u64 };
@@ -525,7 +534,9 @@ impl Attention {
         let strides = [cache.row_stride, cache.head_stride, cache.sequence_stride].map(|s| 2 * s as u64);
         let tile = [64, if cache.table == 0 { keys } else { keys.min(rows as usize) } as u32, 1, 1];
         let map = |base| TensorMap::tiled(device, s.kv_dtype, base, &dims, &strides, &tile, Swizzle::B128);
-        Ok((map(cache.k)?, map(cache.v)?))
+        let (k, v) = (map(cache.k)?, map(cache.v)?);
+        *last = Some((*cache, k, v));
+        Ok((k, v))
     }
 
     /// Launches of one call.

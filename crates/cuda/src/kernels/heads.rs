@@ -80,6 +80,8 @@ pub struct Shape {
 /// Most heads of one token that a group of lanes takes, and bytes that a lane has on their way: memory is kept busy, registers suffice.
 const HEADS: usize = 8;
 const LANE_BYTES: usize = 256;
+/// Most items of a lane: a GPU reserves a lane's local memory for as many lanes as it can hold.
+const MOST_ITEMS: usize = 128;
 /// Tokens that count as few.
 const FEW_TOKENS: usize = 64;
 /// Threads of the largest block.
@@ -145,8 +147,8 @@ impl HeadsPass {
     /// `InvalidInput` when a head has more dimensions than a group of lanes can hold.
     pub fn new(module: &Module, shape: Shape) -> Result<Self> {
         let (group, items) = shape.group();
-        if items > 16 {
-            return Err(Error::invalid(format!("heads of {} dimensions are too wide for a GPU's registers", shape.head_dim)));
+        if items > MOST_ITEMS {
+            return Err(Error::invalid(format!("heads of {} dimensions are too wide for a GPU", shape.head_dim)));
         }
         let slots = shape.heads.iter().sum::<usize>().div_ceil(shape.heads_of_group()).max(1);
         let groups = THREADS / group;
