@@ -10,7 +10,7 @@ use serde_json::Value;
 
 const TINY: [&str; 12] = ["--batch", "2", "--seq", "24", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"];
 
-const FIELDS: [&str; 39] = [
+const FIELDS: [&str; 40] = [
     "study",
     "level",
     "same_as",
@@ -46,6 +46,7 @@ const FIELDS: [&str; 39] = [
     "limit_share",
     "plain_share",
     "read_share",
+    "bound_share",
     "neighbours",
     "neighbours_least",
     "neighbours_median",
@@ -180,6 +181,7 @@ fn each_kernel_is_measured_alone() {
         assert_eq!((&row["study"], &row["level"]), (&"kernels".into(), &"maximal".into()));
         assert_eq!(has("plain_share"), variant.starts_with("attention") && variant != "attention causal", "{row}");
         assert_eq!(has("read_share"), variant.contains("decode"), "{row}");
+        assert_eq!(has("bound_share"), variant.starts_with("decode"), "{row}");
         let near = ["neighbours", "neighbours_least", "neighbours_median"].map(has);
         assert_eq!(near, [matches!(variant, "gemm" | "attention causal"); 3], "{row}");
     }

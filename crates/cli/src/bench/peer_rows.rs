@@ -95,7 +95,7 @@ pub fn measured(context: &Context) -> &'static str {
 /// Whether the peer `kind` measures `case` on the context's device.
 pub fn measures(kind: PeerKind, case: &Case, context: &Context) -> bool {
     // No peer takes new tokens behind a past in the study of attention.
-    let behind = case.study == Study::Attention && case.shape.past > 0;
+    let behind = case.measured_by() == Study::Attention && case.shape.past > 0;
     case.peers && !behind && !variants(context, case, kind).is_empty()
 }
 
@@ -111,8 +111,8 @@ pub fn start<'a, S: AsRef<[usize]> + 'a>(
 /// Variants of `kind` for `case` on the context's device.
 fn variants(context: &Context, case: &Case, kind: PeerKind) -> &'static [&'static str] {
     match context.gpu() {
-        Some(_) => kind.variants_on_gpu(case.study.name(), case.shape.dtype),
-        None => kind.variants(case.study.name()),
+        Some(_) => kind.variants_on_gpu(case.measured_by().name(), case.shape.dtype),
+        None => kind.variants(case.measured_by().name()),
     }
 }
 
@@ -123,7 +123,7 @@ pub fn start_without<'a, S: AsRef<[usize]> + 'a>(
     without: &[&str],
     inputs: impl FnOnce() -> Vec<(&'static str, S, std::borrow::Cow<'a, [f32]>)>,
 ) -> Result<PeerSet> {
-    let study = case.study.name();
+    let study = case.measured_by();
     let of = |&kind: &PeerKind| variants(&session.context, case, kind).iter().map(move |v| (kind, *v));
     let measuring = session.peers.iter().filter(|k| measures(**k, case, &session.context));
     let wanted: Vec<_> = measuring.flat_map(of).filter(|(_, v)| !without.contains(v)).collect();
@@ -138,16 +138,16 @@ pub fn start_without<'a, S: AsRef<[usize]> + 'a>(
     let views: Vec<(&str, &[usize], &[f32])> =
         tensors.iter().map(|(n, shape, data)| (*n, shape.as_ref(), data.as_ref())).collect();
     peers::write_inputs(&path, &views)?;
-    let attention = matches!(case.study, Study::Attention | Study::Decode);
+    let attention = matches!(study, Study::Attention | Study::Decode);
     for (kind, variant) in wanted {
         session.check()?;
         session.bar.set_message(format!("{}: starting {} {variant}", case.name(), kind.name()));
         let spec = PeerSpec {
-            study,
+            study: study.name(),
             variant,
             batch: s.batch,
             seq: s.seq,
-            past: if case.study == Study::Decode { s.past + s.seq } else { s.past },
+            past: if study == Study::Decode { s.past + s.seq } else { s.past },
             hidden: s.hidden,
             heads: s.heads,
             kv_heads: s.kv_heads,

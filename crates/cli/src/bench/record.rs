@@ -137,6 +137,9 @@ pub struct Row {
     /// `kernels`: median time of a loop of all threads that only reads the same bytes, in turn with the kernel, over the kernel's median;
     /// cache for attention, packed weights and cache for the block.
     pub read_share: Option<f64>,
+    /// `kernels`, decode attention: the greater of that loop's time and the time of its operations at the measured f32 peak, over the kernel's
+    /// median.
+    pub bound_share: Option<f64>,
     /// `kernels`: how many neighbours of this shape were measured, each in turn with it.
     pub neighbours: Option<usize>,
     /// `kernels`: the slowest neighbour's GFLOP/s as a share of this shape's.

@@ -24,7 +24,7 @@ fn shape(row: &Row) -> String {
     parts.join(" ")
 }
 
-const COLUMNS: [Column; 14] = [
+const COLUMNS: [Column; 15] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
     ("cold cache", |r| r.cold_ms.map(|ms| output::seconds(ms / 1e3))),
@@ -36,6 +36,7 @@ const COLUMNS: [Column; 14] = [
     ("of the limit", |r| r.limit_share.map(|s| format!("{:.0} %", s * 100.0))),
     ("of plain", |r| r.plain_share.map(|s| format!("{:.0} %", s * 100.0))),
     ("of a read loop", |r| r.read_share.map(|s| format!("{:.0} %", s * 100.0))),
+    ("of its bound", |r| r.bound_share.map(|s| format!("{:.0} %", s * 100.0))),
     ("neighbours", |r| {
         let (least, median) = r.neighbours_least.zip(r.neighbours_median)?;
         Some(format!("{}: least {:.0} %, median {:.0} %", r.neighbours.unwrap_or(0), least * 100.0, median * 100.0))
@@ -48,7 +49,7 @@ const COLUMNS: [Column; 14] = [
 ];
 
 /// Columns that go where a table is too wide, in this order: first those that others imply.
-const LEAST: [&str; 11] = [
+const LEAST: [&str; 12] = [
     "GB/s",
     "rel. error",
     "p10 – p90",
@@ -57,6 +58,7 @@ const LEAST: [&str; 11] = [
     "peak memory",
     "tokens/s, fit",
     "neighbours",
+    "of its bound",
     "of a read loop",
     "of plain",
     "of the limit",

@@ -5,7 +5,7 @@ use crate::bench::record::Row;
 use super::axis::{Axis, Spread};
 use super::charts::{self, Bar, Group, Series, Style};
 use super::format;
-use super::model::{ms, name, style};
+use super::model::{is_peer, ms, name, style};
 use super::page::{Block, Figure, Section, Table};
 use super::sections::{Run, absent, count, limit_share, rate_column, remarks};
 use super::svg::Marker;
@@ -39,7 +39,7 @@ fn heads(row: &Row) -> Option<String> {
 }
 
 fn is_of(row: &Row, kind: &str) -> bool {
-    name(row).split(' ').next() == Some(kind)
+    row.variant.as_deref().and_then(|v| v.split(' ').next()) == Some(kind)
 }
 
 /// Bars of one type: each kernel that computes, as a share of the limit.
@@ -51,6 +51,7 @@ fn limit_bars(run: &Run<'_>, rows: &[&Row], dtype: &str) -> Option<Figure> {
             let text = limit_share(row, &run.results.machine).unwrap_or_default();
             let name = name(row);
             let label = match *kind {
+                _ if is_peer(row) => name,
                 "gemm" => row.hidden.map_or(name, |e| format!("E {e}")),
                 _ => match name.trim_start_matches("attention ") {
                     short @ ("full" | "causal") => {
@@ -112,13 +113,14 @@ fn table(run: &Run<'_>, title: &str, rows: &[&Row]) -> Table {
     type Column<'a> = (&'static str, &'a dyn Fn(&Row) -> Option<String>);
     let share = |v: Option<f64>| v.map(format::percent);
     let (rate, unit) = rate_column(rows.iter().filter_map(|r| r.gflops));
-    let columns: [Column<'_>; 9] = [
+    let columns: [Column<'_>; 10] = [
         ("#median", &|r| ms(r).map(format::time)),
         (rate, &|r| r.gflops.map(|v| format::sig3(v / unit))),
         ("#GB/s", &|r| r.gbps.map(format::sig3).filter(|_| r.read_share.is_some())),
         ("#of the limit", &|r| limit_share(r, &run.results.machine)),
         ("#of plain", &|r| share(r.plain_share)),
         ("#of a read loop", &|r| share(r.read_share)),
+        ("#of its bound", &|r| share(r.bound_share)),
         ("#neighbours: least", &|r| share(r.neighbours_least)),
         ("#median of", &|r| r.neighbours.zip(share(r.neighbours_median)).map(|(n, s)| format!("{n}: {s}"))),
         ("#rel. error", &|r| r.rel_err.map(format::error)),
@@ -150,8 +152,9 @@ pub fn kernels(run: &Run<'_>) -> Section {
     } else {
         let text = "Each kernel at maximal as a share of the limit that binds it. Of plain: its GFLOP/s beside those of plain causal \
             attention in turn with it; only visible pairs count as work. Of a read loop: the time in which the same threads \
-            only read the same cache, or weights and cache, over the kernel's; cold goes through copies of the cache that \
-            together exceed four times the last-level cache. Neighbours are seeded shapes near a kernel's own: GFLOP/s as a share of its.";
+            only read the same cache, or weights and cache, over the kernel's. Of its bound: the greater of that time and of the time that the \
+            operations take at the f32 peak, since many heads that share a cache leave arithmetic to bind; cold goes through copies of the cache that \
+            together exceed four times the last-level cache. Peers stand below the plain form that they compute. Neighbours are seeded shapes near a kernel's own: GFLOP/s as a share of its.";
         blocks.push(Block::Text { text: text.to_owned() });
         let mut dtypes: Vec<&str> = Vec::new();
         rows.iter().for_each(|r| {

@@ -140,7 +140,8 @@ fn useless_numbers_draw_nothing_and_break_nothing() {
     for (i, row) in results.results.iter_mut().enumerate() {
         let v = Some(bad[i % bad.len()]);
         (row.median_ms, row.p10_ms, row.gflops, row.gbps, row.tokens_per_s, row.speedup, row.max_abs_err) = (v, v, v, v, v, v, v);
-        (row.plain_share, row.read_share, row.neighbours_least, row.neighbours_median, row.limit_share) = (v, v, v, v, v);
+        (row.plain_share, row.read_share, row.bound_share, row.limit_share) = (v, v, v, v);
+        (row.neighbours_least, row.neighbours_median) = (v, v);
         (row.peak_bytes, row.flops) = (Some([0, u64::MAX, 1][i % 3]), Some([u64::MAX, 0, 1][i % 3]));
     }
     results.machine.peak_gflops = Some(f64::NAN);

@@ -226,7 +226,8 @@ impl Case {
     fn new(study: Study, shape: Shape) -> Self {
         Case { study, variant: None, kernel: None, shape, steps: false, confirm_peak: false, peers: true, notes: Vec::new() }
     }
-    fn variant(self, variant: &'static str) -> Self {
+    /// The form that is measured.
+    pub fn variant(self, variant: &'static str) -> Self {
         Case { variant: Some(variant), ..self }
     }
     fn detailed(self) -> Self {
@@ -237,6 +238,16 @@ impl Case {
             self.notes.push(note.to_owned());
         }
         self
+    }
+    /// The study that measures the same computation and has peers for it: that of the kernel where one is measured alone.
+    pub fn measured_by(&self) -> Study {
+        match self.kernel {
+            Some(Kernel::Projection) => Study::Qkv,
+            Some(Kernel::Attention(_)) => Study::Attention,
+            Some(Kernel::Decode) => Study::Decode,
+            Some(Kernel::Block) => Study::Block,
+            None => self.study,
+        }
     }
     /// One line for people.
     pub fn name(&self) -> String {

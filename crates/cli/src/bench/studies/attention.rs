@@ -301,7 +301,8 @@ impl Forms for AttentionForms<'_> {
     }
 }
 
-fn start_peers(session: &Session, case: &Case, n: &Numbers) -> Result<PeerSet> {
+/// The peers of attention alone, or of decode, over the same numbers.
+pub fn start_peers(session: &Session, case: &Case, n: &Numbers) -> Result<PeerSet> {
     let s = &case.shape;
     peer_rows::start(session, case, || {
         let kv = vec![s.batch, s.kv_heads, s.past + s.seq, s.head_dim];

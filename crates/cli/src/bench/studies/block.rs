@@ -255,9 +255,10 @@ pub fn level_rows(
     Ok(rows)
 }
 
-fn start_peers(session: &Session, case: &Case, data: &BlockData) -> Result<PeerSet> {
+/// The peers of the block, over the same numbers.
+pub fn start_peers(session: &Session, case: &Case, data: &BlockData) -> Result<PeerSet> {
     // Throughput is a question to our own plans; the layer of the projection study stands in the block study.
-    if case.study != Study::Block {
+    if case.measured_by() != Study::Block {
         return Ok(PeerSet::none());
     }
     let s = &case.shape;

@@ -1,17 +1,18 @@
 //! Each hot kernel alone at `maximal`: against the machine's limits, against its plain form, beside a loop that only reads the same memory, and
 //! beside neighbours of its shape.
 
-use lawson::{Level, Result};
+use lawson::{BlockData, Level, Result};
 
 use super::{
     SEED,
-    attention::{Numbers, Operator},
+    attention::{self, Numbers, Operator},
     block::{self, BlockForms},
-    qkv::QkvForms,
+    qkv::{self, QkvForms},
 };
 use crate::bench::{
     fit, inputs,
     measure::{Budget, Forms, Measured, Reads, measure, measure_within},
+    peer_rows::{self, PeerSet},
     record::Row,
     rows::{self, Work},
     session::Session,
@@ -27,7 +28,7 @@ const NEIGHBOUR: Budget = Budget { seconds: 0.4, least: 3, most: 9 };
 pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
     match case.kernel {
         Some(Kernel::Projection) => projection(session, case),
-        Some(Kernel::Attention(features)) => attention(session, case, features),
+        Some(Kernel::Attention(features)) => tiled_attention(session, case, features),
         Some(Kernel::Decode) => decode(session, case),
         Some(Kernel::Block) => decode_block(session, case),
         None => Ok(Vec::new()),
@@ -68,7 +69,7 @@ impl<F: Single> Forms for InTurn<F> {
         self.0[i].verify(0)
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        verify::wrong_size(data.len(), 0)
+        self.0[0].verify_peer(data)
     }
 }
 
@@ -93,27 +94,29 @@ impl<F: Reads> Forms for BesideReading<'_, F> {
         if i == 0 { self.kernel.verify(0) } else { Ok(verify::nothing()) }
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        verify::wrong_size(data.len(), 0)
+        self.kernel.verify_peer(data)
     }
 }
 
-/// The read loop's time as a share of the kernel's.
-fn read_share(found: &[Measured]) -> Option<f64> {
-    let [kernel, read] = found else { return None };
-    kernel.failed.is_none().then(|| read.times.median() / kernel.times.median()).filter(|s| s.is_finite())
+/// The read loop's time, or `least` seconds where that is less, as a share of the kernel's.
+fn read_share(found: &[Measured], least: f64) -> Option<f64> {
+    let [kernel, read, ..] = found else { return None };
+    kernel.failed.is_none().then(|| read.times.median().max(least) / kernel.times.median()).filter(|s| s.is_finite())
 }
 
 fn projection(session: &Session, case: &Case) -> Result<Vec<Row>> {
-    let make = |s: &Shape| {
-        let data = inputs::block_data(&s.problem(), SEED, session.threads());
-        QkvForms::new(session, *s, vec![true], &data)
-    };
-    let mut forms = InTurn(vec![make(&case.shape)?]);
-    let found = measure(session, &mut forms, &mut [])?;
+    let data_of = |s: &Shape| inputs::block_data(&s.problem(), SEED, session.threads());
+    let make = |s: &Shape, data: &BlockData| QkvForms::new(session, *s, vec![true], data);
+    let case = &case.clone().variant(Kernel::Projection.name());
+    let data = data_of(&case.shape);
+    let mut forms = InTurn(vec![make(&case.shape, &data)?]);
+    let mut peers = qkv::start_peers(session, case, &data)?;
+    let found = measure(session, &mut forms, &mut peers.forms)?;
     let mut row = forms.0[0].row(case, Level::Maximal, 0, &found[0])?;
-    row.variant = Some(Kernel::Projection.name().to_owned());
-    let wrong = beside_neighbours(session, case, &mut row, forms, make)?;
-    Ok([vec![row], wrong].concat())
+    let beside = peer_rows::rows_of(session, case, &peers, &found[1..], forms.0[0].work());
+    drop((peers, data));
+    let wrong = beside_neighbours(session, case, &mut row, forms, |s| make(s, &data_of(s)))?;
+    Ok([vec![row], beside, wrong].concat())
 }
 
 /// The row of tiled attention as it was measured.
@@ -127,20 +130,23 @@ fn attention_row(session: &Session, case: &Case, operator: &mut Operator<'_>, m:
     Ok(row)
 }
 
-fn attention(session: &Session, case: &Case, features: &[Feature]) -> Result<Vec<Row>> {
-    let make = |s: &Shape, feature: Feature| {
-        let numbers = Numbers::new(&feature.shape(*s), session.threads());
-        Operator::with(session, s, feature, &numbers)
-    };
+fn tiled_attention(session: &Session, case: &Case, features: &[Feature]) -> Result<Vec<Row>> {
+    let numbers_of = |s: &Shape, feature: Feature| Numbers::new(&feature.shape(*s), session.threads());
+    let make = |s: &Shape, feature: Feature| Operator::with(session, s, feature, &numbers_of(s, feature));
     let operators = features.iter().map(|&f| make(&case.shape, f)).collect::<Result<Vec<_>>>()?;
     let mut forms = InTurn(operators);
-    let found = measure(session, &mut forms, &mut [])?;
+    // They are of the plain form.
+    let plain = &case.clone().variant(Feature::Plain.variant(case.shape.causal));
+    let mut peers = attention::start_peers(session, plain, &numbers_of(&case.shape, Feature::Plain))?;
+    let found = measure(session, &mut forms, &mut peers.forms)?;
+    let beside = peer_rows::rows_of(session, plain, &peers, &found[features.len()..], forms.0[0].work());
+    drop(peers);
     let mut all: Vec<Row> = Vec::new();
     for ((&feature, operator), m) in features.iter().zip(&mut forms.0).zip(&found) {
         let shape = feature.shape(case.shape);
         let work = operator.work();
-        let mut row = attention_row(session, &Case { shape, ..case.clone() }, operator, m, work)?;
-        row.variant = Some(feature.variant(shape.causal).to_owned());
+        let case = Case { shape, ..case.clone() }.variant(feature.variant(shape.causal));
+        let mut row = attention_row(session, &case, operator, m, work)?;
         if feature == Feature::Ragged {
             let lengths = feature.lengths(&case.shape)?;
             let lengths: Vec<String> = lengths.new_tokens().iter().map(usize::to_string).collect();
@@ -150,11 +156,11 @@ fn attention(session: &Session, case: &Case, features: &[Feature]) -> Result<Vec
         all.push(row);
     }
     forms.0.truncate(1);
-    if let Some(plain) = all.first_mut() {
-        let wrong = beside_neighbours(session, case, plain, forms, |s| make(s, Feature::Plain))?;
-        all.extend(wrong);
-    }
-    Ok(all)
+    let wrong = match all.first_mut() {
+        Some(row) => beside_neighbours(session, case, row, forms, |s| make(s, Feature::Plain))?,
+        None => Vec::new(),
+    };
+    Ok([all, beside, wrong].concat())
 }
 
 /// Measures neighbours of the shape of `case`, each in turn with the only form of `forms`, and fills in `row`. Gives a row for each neighbour
@@ -193,38 +199,45 @@ fn beside_neighbours<F: Single>(
     Ok(wrong)
 }
 
-/// Warm over one cache, then cold over copies of it that together do not stay in the last-level cache.
+/// Warm over one cache, beside the peers, then cold over copies of it that together do not stay in the last-level cache.
 fn decode(session: &Session, case: &Case) -> Result<Vec<Row>> {
-    let kernel = {
+    let case = case.clone().variant("decode warm");
+    let (kernel, mut peers) = {
         let numbers = Numbers::new(&case.shape, session.threads());
-        Operator::new(session, &case.shape, &numbers)?
+        (Operator::new(session, &case.shape, &numbers)?, attention::start_peers(session, &case, &numbers)?)
     };
     let (bytes, work) = (kernel.cache_bytes(), kernel.decode_work());
     let mut forms = BesideReading { session, kernel };
     let mut all = Vec::new();
-    for (variant, copies) in [("decode warm", 1), ("decode cold", fit::copies(bytes))] {
+    for (case, copies) in [(case.clone(), 1), (case.variant("decode cold"), fit::copies(bytes))] {
         session.check()?;
         forms.kernel.keep_copies(copies);
-        let found = measure(session, &mut forms, &mut [])?;
-        let mut row = attention_row(session, case, &mut forms.kernel, &found[0], work)?;
-        row.variant = Some(variant.to_owned());
-        row.read_share = read_share(&found);
+        let found = measure(session, &mut forms, &mut peers.forms)?;
+        let mut row = attention_row(session, &case, &mut forms.kernel, &found[0], work)?;
+        row.read_share = read_share(&found, 0.0);
+        // Decode widens what it reads, whatever its type.
+        let arithmetic = work.flops.unwrap_or(0.0) / session.limits.peak_flops;
+        row.bound_share = read_share(&found, arithmetic);
         all.push(row);
+        all.extend(peer_rows::rows_of(session, &case, &peers, &found[2..], work));
+        peers = PeerSet::none();
     }
     Ok(all)
 }
 
 fn decode_block(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let problem = case.shape.problem();
+    let case = &case.clone().variant(Kernel::Block.name());
     let data = inputs::block_data(&problem, SEED, session.threads());
     let kernel = BlockForms::new(session, &problem, &data, &[Level::Maximal], None)?;
     let mut forms = BesideReading { session, kernel };
-    let found = measure(session, &mut forms, &mut [])?;
+    let mut peers = block::start_peers(session, case, &data)?;
+    let found = measure(session, &mut forms, &mut peers.forms)?;
     let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
     let mut all = block::level_rows(session, case, &[Level::Maximal], &mut forms.kernel, &found[..1], work)?;
     for row in &mut all {
-        row.variant = Some(Kernel::Block.name().to_owned());
-        row.read_share = read_share(&found);
+        row.read_share = read_share(&found, 0.0);
     }
+    all.extend(peer_rows::rows_of(session, case, &peers, &found[2..], work));
     Ok(all)
 }

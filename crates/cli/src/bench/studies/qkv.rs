@@ -11,7 +11,8 @@ use super::SEED;
 use crate::bench::{
     inputs,
     measure::{Forms, Measured, measure, time},
-    parallel, peer_rows,
+    parallel,
+    peer_rows::{self, PeerSet},
     record::Row,
     rows::{self, Work},
     session::Session,
@@ -149,18 +150,24 @@ impl Forms for QkvForms<'_> {
     }
 }
 
+/// The peers of the projection, over the same numbers.
+pub fn start_peers(session: &Session, case: &Case, data: &BlockData) -> Result<PeerSet> {
+    let s = &case.shape;
+    peer_rows::start(session, case, || {
+        let (widths, e) = (s.qkv_widths(), s.hidden);
+        let raw = [("q_proj.weight", &data.q_weight), ("k_proj.weight", &data.k_weight), ("v_proj.weight", &data.v_weight)];
+        let weights = raw.into_iter().zip(widths).map(|((name, w), n)| (name, vec![n, e], Cow::Borrowed(&w[..])));
+        [("x", vec![s.batch, s.seq, e], Cow::Borrowed(&data.x[..]))].into_iter().chain(weights).collect()
+    })
+}
+
 /// Separate against fused.
 pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let s = case.shape;
     let chosen = session.select(&[(Level::Unfused, false), (Level::Minimal, true)]);
     let data = inputs::block_data(&s.problem(), SEED, session.threads());
     let mut forms = QkvForms::new(session, s, chosen.iter().map(|c| c.1).collect(), &data)?;
-    let mut peers = peer_rows::start(session, case, || {
-        let (widths, e) = (s.qkv_widths(), s.hidden);
-        let raw = [("q_proj.weight", &data.q_weight), ("k_proj.weight", &data.k_weight), ("v_proj.weight", &data.v_weight)];
-        let weights = raw.into_iter().zip(widths).map(|((name, w), n)| (name, vec![n, e], Cow::Borrowed(&w[..])));
-        [("x", vec![s.batch, s.seq, e], Cow::Borrowed(&data.x[..]))].into_iter().chain(weights).collect()
-    })?;
+    let mut peers = start_peers(session, case, &data)?;
     let found = measure(session, &mut forms, &mut peers.forms)?;
     let mut rows = Vec::new();
     for (i, (&(level, _), m)) in chosen.iter().zip(&found).enumerate() {
