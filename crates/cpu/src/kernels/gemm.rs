@@ -25,6 +25,9 @@ const SMALL_X: usize = 512 << 10;
 /// Steps of k between visits to the scratch tile.
 pub const STEP: usize = 256;
 
+/// Rows of results between the one that is written and the one that is fetched: writes would else wait for one another's cache lines.
+const AHEAD: usize = 8;
+
 /// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of 2·LANES outputs, padded with
 /// zeros to whole panels; a panel holds its outputs of step 0, then of step 1 and so on. For dot products k is padded with zeros to whole
 /// blocks and a panel holds the pairs of steps 0 and 1 of its outputs, then of steps 2 and 3 and so on.
@@ -170,6 +173,27 @@ pub struct Heads<'a> {
     pub past: &'a [usize],
 }
 
+impl Heads<'_> {
+    /// Where a head of a row goes, and the type of its elements; nothing where it becomes codes.
+    #[inline(always)]
+    fn at(&self, head: usize, row: usize, place: Place) -> Option<(*mut u8, DType)> {
+        Some(match self.to {
+            HeadsTo::Rows(to) => (to.at(row, head * self.head_dim), to.dtype),
+            HeadsTo::CacheK(cache) => (cache.k_row(place.sequence, head, place.position), cache.dtype),
+            HeadsTo::CacheV(cache) => (cache.v_row(place.sequence, head, place.position), cache.dtype),
+            HeadsTo::CodesV(..) => return None,
+        })
+    }
+}
+
+/// Fetches a row of `n` elements that is written soon.
+#[inline(always)]
+fn fetch_row<S: Simd>(s: S, (to, dtype): (*mut u8, DType), n: usize) {
+    for line in (0..n * dtype.size()).step_by(64) {
+        s.fetch_near(to.wrapping_add(line));
+    }
+}
+
 /// Where heads go.
 #[derive(Clone, Copy)]
 pub enum HeadsTo {
@@ -301,14 +325,23 @@ pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) 
                             i += S::LANES;
                         }
                     }
+                    if r + AHEAD < rows {
+                        fetch_row(s, (to.at(t + AHEAD, column0), to.dtype), columns);
+                    }
                     store_row(s, to.dtype, c, to.at(t, column0), columns);
                 }
             }
             Epilogue::Heads(h) => {
-                for (r, place) in places(h.new, h.past, g.first + row0, g.first + row0 + rows).enumerate() {
+                let end = g.first + row0 + rows;
+                let mut later = places(h.new, h.past, end.min(g.first + row0 + AHEAD), end);
+                for (r, place) in places(h.new, h.past, g.first + row0, end).enumerate() {
+                    let later = later.next();
                     for i in 0..columns / h.head_dim {
                         let c = scratch.add(r * padded + i * h.head_dim);
                         let head = column0 / h.head_dim + i;
+                        if let Some(row) = later.and_then(|place| h.at(head, row0 + r + AHEAD, place)) {
+                            fetch_row(s, row, h.head_dim);
+                        }
                         finish_head(s, &h, c, head, row0 + r, place);
                     }
                 }
@@ -425,15 +458,11 @@ pub unsafe fn finish_head<S: Simd>(s: S, h: &Heads<'_>, c: *mut f32, head: usize
         if let Some(rope) = h.rope {
             rotate(s, rope.layout, c, rope.table.add(row * 2 * rope.width), rope.width);
         }
-        let (to, dtype) = match h.to {
-            HeadsTo::Rows(to) => (to.at(row, head * h.head_dim), to.dtype),
-            HeadsTo::CacheK(cache) => (cache.k_row(place.sequence, head, place.position), cache.dtype),
-            HeadsTo::CacheV(cache) => (cache.v_row(place.sequence, head, place.position), cache.dtype),
-            HeadsTo::CodesV(cache, dtype) => {
-                round_row(s, dtype, c, h.head_dim);
-                return cache.append_values(place.sequence, head, place.position, c);
-            }
-        };
+        if let HeadsTo::CodesV(cache, dtype) = h.to {
+            round_row(s, dtype, c, h.head_dim);
+            return cache.append_values(place.sequence, head, place.position, c);
+        }
+        let Some((to, dtype)) = h.at(head, row, place) else { return };
         store_row(s, dtype, c, to, h.head_dim);
     }
 }
