@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     math::{exp2, tanh},
-    simd::{Elem, Load, ScoreTile, Simd},
+    simd::{Elem, Load, ScoreTile, Simd, VALUE_COLUMNS, ValueTile},
 };
 
 /// Bytes of a tile's keys: they, the tile's values, and the keys and values behind them that are fetched on the way are a first-level cache.
@@ -119,25 +119,27 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                             s.store(p.add(j), s.mul(tanh(s, s.load(p.add(j))), s.splat(cap)));
                         }
                     }
-                    for i in 0..$heads {
-                        let head = head0 + r + i;
-                        if let Some(slope) = a.slopes.map(|x| *x.add(head) * LOG2_E) {
-                            for j in 0..n {
-                                *at(i, j) += slope * ((start + j) as f32 - position as f32);
+                    if a.slopes.is_some() || a.mask.is_some() {
+                        for i in 0..$heads {
+                            let head = head0 + r + i;
+                            if let Some(slope) = a.slopes.map(|x| *x.add(head) * LOG2_E) {
+                                for j in 0..n {
+                                    *at(i, j) += slope * ((start + j) as f32 - position as f32);
+                                }
                             }
-                        }
-                        if let Some(mask) = a.mask.map(|x| x.row(b, head, item.queries.start)) {
-                            for j in 0..n {
-                                if *mask.add(start + j) == 0 {
-                                    at(i, j).write(f32::NEG_INFINITY);
+                            if let Some(mask) = a.mask.map(|x| x.row(b, head, item.queries.start)) {
+                                for j in 0..n {
+                                    if *mask.add(start + j) == 0 {
+                                        at(i, j).write(f32::NEG_INFINITY);
+                                    }
                                 }
                             }
                         }
-                        for j in n..n.next_multiple_of(keys) {
-                            at(i, j).write(f32::NEG_INFINITY);
-                        }
                     }
-                    if softmax(s, p, n.next_multiple_of(keys) * $heads, $heads, m.add(r), l.add(r), alpha) {
+                    for i in n * $heads..n.next_multiple_of(keys) * $heads {
+                        p.add(i).write(f32::NEG_INFINITY);
+                    }
+                    if softmax::<S, $heads>(s, p, n.next_multiple_of(keys) * $heads, m.add(r), l.add(r), alpha) {
                         if d == width && !expanded {
                             with_elem!(dtype, T => {
                                 let (v, next) = (v.cast::<T>(), next_v.cast::<T>());
@@ -164,7 +166,7 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
             }
             while r < group {
                 match (group - r, S::LANES) {
-                    (8.., 16) => attend!(8),
+                    (8.., 8 | 16) => attend!(8),
                     (4.., _) => attend!(4),
                     (2.., _) => attend!(2),
                     _ => attend!(1),
@@ -220,21 +222,17 @@ unsafe fn scores<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
 ) {
     let (width, keys) = (d.next_multiple_of(S::LANES), S::LANES / R);
     let mut j = 0;
-    // SAFETY: the caller's; keys j .. j + 3 are among the n.
-    unsafe {
-        while R == 4
-            && j + 3 <= n
-            && s.score_tile(&ScoreTile {
-                d,
-                q,
-                k: k.add(j * stride),
-                stride,
-                p: p.add(j * R),
-                next: next.wrapping_add(j * stride),
-            })
-        {
-            j += 3;
+    'tiles: while R.is_multiple_of(4) && j + 3 <= n {
+        for r in (0..R).step_by(4) {
+            let next = if r == 0 { next } else { k };
+            let at = |k: *const T| k.wrapping_add(j * stride);
+            let t = ScoreTile { d, q: q.wrapping_add(r * d), k: at(k), stride, p: p.wrapping_add(j * R + r), next: at(next) };
+            // SAFETY: the caller's; keys j .. j + 3 are among the n.
+            if !unsafe { s.score_tile::<T, R>(&t) } {
+                break 'tiles;
+            }
         }
+        j += 3;
     }
     while j < n {
         // SAFETY: the caller's; q is padded with zeros to whole vectors, k is read by count at its end. A key behind the last one is
@@ -289,45 +287,68 @@ fn fetch<S: Simd, T>(s: S, at: *const T) {
     }
 }
 
+/// Lane i becomes `pick` of all lanes that are of its head, i mod `HEADS`.
+#[inline(always)]
+fn of_head<S: Simd, const HEADS: usize>(s: S, v: S::F, pick: impl Fn(f32, f32) -> f32) -> S::F {
+    if HEADS == S::LANES {
+        return v;
+    }
+    let mut lanes = [0f32; 16];
+    // SAFETY: LANES ≤ 16.
+    unsafe { s.store(lanes.as_mut_ptr(), v) };
+    let (heads, others) = lanes[..S::LANES].split_at_mut(HEADS);
+    for other in others.chunks_exact_mut(HEADS) {
+        heads.iter_mut().zip(other).for_each(|(head, other)| *head = pick(*head, *other));
+    }
+    // SAFETY: the first HEADS of 16 lanes are those of each head.
+    unsafe { each_head::<S, HEADS>(s, lanes.as_ptr()) }
+}
+
+/// Lane i is that of head i mod `HEADS`.
+/// # Safety
+/// `heads` is readable as `HEADS` f32.
+#[inline(always)]
+unsafe fn each_head<S: Simd, const HEADS: usize>(s: S, heads: *const f32) -> S::F {
+    let mut lanes = [0f32; 16];
+    // SAFETY: the caller's; LANES ≤ 16.
+    unsafe {
+        for lanes in lanes[..S::LANES].chunks_exact_mut(HEADS) {
+            std::ptr::copy_nonoverlapping(heads, lanes.as_mut_ptr(), HEADS);
+        }
+        s.load(lanes.as_ptr())
+    }
+}
+
 /// Makes weights of the scores p[j, heads] of whole vectors, −∞ where a key is not seen: p = 2^(p − m) with the heads' new maxima m, their
 /// sums l, and `alpha`, what the results so far are multiplied by. Returns whether there is a weight other than 0.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(s: S, p: *mut f32, len: usize, heads: usize, m: *mut f32, l: *mut f32, alpha: *mut f32) -> bool {
-    // SAFETY: the caller's; LANES ≤ 16.
+unsafe fn softmax<S: Simd, const HEADS: usize>(s: S, p: *mut f32, len: usize, m: *mut f32, l: *mut f32, alpha: *mut f32) -> bool {
+    // SAFETY: the caller's.
     unsafe {
-        let mut top = s.splat(f32::NEG_INFINITY);
+        let old = each_head::<S, HEADS>(s, m);
+        let mut top = old;
         for i in (0..len).step_by(S::LANES) {
             top = s.max(top, s.load(p.add(i)));
         }
-        // Lane i is of head i mod `heads`.
-        let (mut tops, mut bases, mut factors, mut sums) = ([0f32; 16], [0f32; 16], [0f32; 16], [0f32; 16]);
-        s.store(tops.as_mut_ptr(), top);
-        for r in 0..heads {
-            let old = *m.add(r);
-            let new = tops[r..S::LANES].iter().step_by(heads).fold(old, |m, &x| m.max(x));
-            // A head that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
-            let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
-            bases[r..S::LANES].iter_mut().step_by(heads).for_each(|b| *b = base);
-            factors[r] = old - base;
-            m.add(r).write(new);
-        }
-        let base = s.load(bases.as_ptr());
+        let new = of_head::<S, HEADS>(s, top, f32::max);
+        // A head that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
+        let base = s.select_lt(s.splat(f32::NEG_INFINITY), new, new, s.splat(0.0));
+        let factor = exp2(s, s.sub(old, base));
         let mut sum = s.splat(0.0);
         for i in (0..len).step_by(S::LANES) {
             let x = exp2(s, s.sub(s.load(p.add(i)), base));
             s.store(p.add(i), x);
             sum = s.add(sum, x);
         }
-        s.store(sums.as_mut_ptr(), sum);
-        s.store(factors.as_mut_ptr(), exp2(s, s.load(factors.as_ptr())));
-        let mut all = 0.0;
-        for r in 0..heads {
-            let sum: f32 = sums[r..S::LANES].iter().step_by(heads).sum();
-            *l.add(r) = *l.add(r) * factors[r] + sum;
-            alpha.add(r).write(factors[r]);
-            all += sum;
+        let sum = of_head::<S, HEADS>(s, sum, |a, b| a + b);
+        let total = s.fma(each_head::<S, HEADS>(s, l), factor, sum);
+        for (to, v) in [(m, new), (l, total), (alpha, factor)] {
+            // Not `store_n`: a store under a mask is slow.
+            let mut lanes = [0f32; 16];
+            s.store(lanes.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, HEADS);
         }
-        all != 0.0
+        s.sum(sum) != 0.0
     }
 }
 
@@ -347,53 +368,75 @@ unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
 ) {
     // As many accumulators as hide the latency of an FMA, from few heads or many.
     macro_rules! columns {
-        ($pairs:literal) => {{
-            let mut i = 0;
-            macro_rules! tile {
-                ($count:literal, $two:literal) => {
-                    weigh_tile::<S, T, R, $count, $two, FETCH>(
-                        s,
-                        p,
-                        n,
-                        v.wrapping_add(i),
-                        stride,
-                        acc.wrapping_add(i),
-                        alpha,
-                        width,
-                        next.wrapping_add(if stride == width { i * n } else { i }),
-                    )
-                };
+        ($heads:literal, $pairs:literal) => {
+            for r in (0..R).step_by($heads) {
+                let (p, acc, alpha) = (p.add(r), acc.add(r * width), alpha.add(r));
+                let next = if r == 0 { next } else { v };
+                let at = |i: usize| next.wrapping_add(if stride == width { i * n } else { i });
+                let mut i = 0;
+                while $heads == 4 && i + VALUE_COLUMNS <= width {
+                    let half = VALUE_COLUMNS / 2;
+                    let next_stride = if stride == width { half } else { stride };
+                    let (v, acc, next) = (v.add(i), acc.add(i), [at(i), at(i + half)]);
+                    if !s.value_tile::<T, R>(&ValueTile { n, p, v, stride, acc, acc_stride: width, alpha, next, next_stride }) {
+                        break;
+                    }
+                    i += VALUE_COLUMNS;
+                }
+                macro_rules! tile {
+                    ($count:literal, $two:literal) => {
+                        weigh_tile::<S, T, R, $heads, $count, $two, FETCH>(
+                            s,
+                            p,
+                            n,
+                            v.add(i),
+                            stride,
+                            acc.add(i),
+                            alpha,
+                            width,
+                            at(i),
+                        )
+                    };
+                }
+                while i + $pairs * 2 * S::LANES <= width {
+                    tile!($pairs, true);
+                    i += $pairs * 2 * S::LANES;
+                }
+                while i + 2 * S::LANES <= width {
+                    tile!(1, true);
+                    i += 2 * S::LANES;
+                }
+                if i < width {
+                    tile!(1, false);
+                }
             }
-            while i + $pairs * 2 * S::LANES <= width {
-                tile!($pairs, true);
-                i += $pairs * 2 * S::LANES;
-            }
-            while i + 2 * S::LANES <= width {
-                tile!(1, true);
-                i += 2 * S::LANES;
-            }
-            if i < width {
-                tile!(1, false);
-            }
-        }};
+        };
     }
     // SAFETY: the caller's: columns i .. lie within rows of v and acc.
     unsafe {
         match (R, S::LANES) {
-            (8, 16) => columns!(1),
-            (4, 16) => columns!(2),
-            (4, _) => columns!(1),
-            (2, _) => columns!(2),
-            (_, 16) => columns!(4),
-            _ => columns!(2),
+            (8, 16) => columns!(8, 1),
+            (4, 16) => columns!(4, 2),
+            (4 | 8, _) => columns!(4, 1),
+            (2, _) => columns!(2, 2),
+            (_, 16) => columns!(1, 4),
+            _ => columns!(1, 2),
         }
     }
 }
 
-/// [`weigh`] over `PAIRS` pairs of vectors, or over one vector.
+/// [`weigh`] of `R` of `HEADS` heads over `PAIRS` pairs of vectors, or over one vector.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn weigh_tile<S: Simd, T: Elem, const R: usize, const PAIRS: usize, const TWO: bool, const FETCH: bool>(
+unsafe fn weigh_tile<
+    S: Simd,
+    T: Elem,
+    const HEADS: usize,
+    const R: usize,
+    const PAIRS: usize,
+    const TWO: bool,
+    const FETCH: bool,
+>(
     s: S,
     p: *const f32,
     n: usize,
@@ -411,7 +454,7 @@ unsafe fn weigh_tile<S: Simd, T: Elem, const R: usize, const PAIRS: usize, const
         let mut sums = [[[s.splat(0.0); 2]; PAIRS]; R];
         macro_rules! step {
             ($j:expr) => {
-                let (p, v, next) = (p.add($j * R), v.add($j * stride), next.wrapping_add($j * step));
+                let (p, v, next) = (p.add($j * HEADS), v.add($j * stride), next.wrapping_add($j * step));
                 let mut x = [[s.splat(0.0); 2]; PAIRS];
                 for (i, x) in x.iter_mut().enumerate() {
                     let (v, next) = (v.add(i * 2 * S::LANES), next.wrapping_add(i * 2 * S::LANES));

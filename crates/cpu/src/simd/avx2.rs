@@ -4,7 +4,7 @@ use core::arch::{asm, x86_64::*};
 
 use half::{bf16, f16};
 
-use super::{Elem, QueryTile, ScoreTile, Simd};
+use super::{Elem, QueryTile, ScoreTile, Simd, ValueTile};
 
 /// Proves that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +19,9 @@ impl Avx2 {
         Avx2(())
     }
 }
+
+/// The upper halves of 32 bits.
+static ODD: [u32; 8] = [0xffff_0000; 8];
 
 const MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 
@@ -198,8 +201,8 @@ impl Simd for Avx2 {
     /// In assembly for the same reason: 12 sums, three keys and a query take all registers. Eight sums would fit without, but then each
     /// waits for its last FMA.
     #[inline(always)]
-    unsafe fn score_tile<T: Elem>(self, t: &ScoreTile<T>) -> bool {
-        if !t.d.is_multiple_of(16) || size_of::<T>() != 4 && !T::EVEN_ODD {
+    unsafe fn score_tile<T: Elem, const HEADS: usize>(self, t: &ScoreTile<T>) -> bool {
+        if !t.d.is_multiple_of(16) {
             return false;
         }
         // Keys that lie together are fetched in the order of their addresses.
@@ -267,7 +270,7 @@ impl Simd for Avx2 {
                     "vaddps xmm12, xmm12, xmm13\n",
                     "vmovups [{p} + ",
                     $at,
-                    "], xmm12"
+                    "*{p_row}], xmm12"
                 )
             };
         }
@@ -288,11 +291,11 @@ impl Simd for Avx2 {
                     "dec {n}",
                     "jnz 2b",
                     sum!(0, 3, 6, 9, 0),
-                    sum!(1, 4, 7, 10, 16),
-                    sum!(2, 5, 8, 11, 32),
+                    sum!(1, 4, 7, 10, 1),
+                    sum!(2, 5, 8, 11, 2),
                     q = inout(reg) t.q => _, k = inout(reg) t.k => _, next = inout(reg) t.next => _, part = in(reg) part, next_step = in(reg) next_step,
                     n = inout(reg) t.d / 16 => _, row = in(reg) t.stride * size_of::<T>(), q_row = in(reg) 4 * t.d,
-                    q_row3 = in(reg) 12 * t.d, p = in(reg) t.p, step = const 16 * size_of::<T>(), $($mask)*
+                    q_row3 = in(reg) 12 * t.d, p = in(reg) t.p, step = const 16 * size_of::<T>(), p_row = const 4 * HEADS, $($mask)*
                     out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _, out("ymm6") _,
                     out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _, out("ymm12") _, out("ymm13") _,
                     out("ymm14") _, out("ymm15") _, options(nostack)
@@ -303,7 +306,6 @@ impl Simd for Avx2 {
         // proves AVX2 and FMA. A prefetch of any address is harmless.
         unsafe {
             if T::EVEN_ODD {
-                static ODD: [u32; 8] = [0xffff_0000; 8];
                 tile!(
                     "vmovdqu ymm12, [{k}]", "vmovdqu ymm13, [{k} + {row}]", "vmovdqu ymm14, [{k} + 2*{row}]",
                     "vpslld ymm12, ymm12, 16", "vpslld ymm13, ymm13, 16", "vpslld ymm14, ymm14, 16",
@@ -313,12 +315,124 @@ impl Simd for Avx2 {
                     multiply!(32);
                     odd = in(reg) ODD.as_ptr(),
                 );
+            } else if size_of::<T>() == 2 {
+                tile!(
+                    "vcvtph2ps ymm12, [{k}]", "vcvtph2ps ymm13, [{k} + {row}]", "vcvtph2ps ymm14, [{k} + 2*{row}]",
+                    multiply!(0),
+                    "vcvtph2ps ymm12, [{k} + 16]", "vcvtph2ps ymm13, [{k} + {row} + 16]", "vcvtph2ps ymm14, [{k} + 2*{row} + 16]",
+                    multiply!(32);
+                );
             } else {
                 tile!(
                     "vmovups ymm12, [{k}]", "vmovups ymm13, [{k} + {row}]", "vmovups ymm14, [{k} + 2*{row}]",
                     multiply!(0),
                     "vmovups ymm12, [{k} + 32]", "vmovups ymm13, [{k} + {row} + 32]", "vmovups ymm14, [{k} + 2*{row} + 32]",
                     multiply!(32);
+                );
+            }
+        }
+        true
+    }
+    /// In assembly for the same reason: 12 sums, three vectors of values and a weight.
+    #[inline(always)]
+    unsafe fn value_tile<T: Elem, const HEADS: usize>(self, t: &ValueTile<T>) -> bool {
+        /// One head's share of three vectors of values in ymm12 to ymm14.
+        macro_rules! weigh {
+            ($at:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    "vbroadcastss ymm15, [{p} + ",
+                    $at,
+                    "]\n",
+                    "vfmadd231ps ymm",
+                    $x,
+                    ", ymm12, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $y,
+                    ", ymm13, ymm15\n",
+                    "vfmadd231ps ymm",
+                    $z,
+                    ", ymm14, ymm15",
+                )
+            };
+        }
+        /// Adds one head's sums to what it has.
+        macro_rules! add {
+            ($row:literal, $alpha:literal, $x:literal, $y:literal, $z:literal) => {
+                concat!(
+                    "vbroadcastss ymm12, [{alpha} + ",
+                    $alpha,
+                    "]\n",
+                    add!($row, "", $x),
+                    add!($row, " + {apart}", $y),
+                    add!($row, " + 2*{apart}", $z),
+                )
+            };
+            ($row:literal, $at:literal, $x:literal) => {
+                concat!("vfmadd231ps ymm", $x, ", ymm12, [", $row, $at, "]\n", "vmovups [", $row, $at, "], ymm", $x, "\n",)
+            };
+        }
+        // Three vectors of 8 dimensions, and three more. Of bf16 these are the even and the odd ones of the same elements.
+        macro_rules! half {
+            ($half:literal, $v:literal, $acc:literal, $apart:literal, $($values:literal),*; $($mask:tt)*) => {
+                asm!(
+                    "vxorps xmm0, xmm0, xmm0", "vxorps xmm1, xmm1, xmm1", "vxorps xmm2, xmm2, xmm2", "vxorps xmm3, xmm3, xmm3",
+                    "vxorps xmm4, xmm4, xmm4", "vxorps xmm5, xmm5, xmm5", "vxorps xmm6, xmm6, xmm6", "vxorps xmm7, xmm7, xmm7",
+                    "vxorps xmm8, xmm8, xmm8", "vxorps xmm9, xmm9, xmm9", "vxorps xmm10, xmm10, xmm10", "vxorps xmm11, xmm11, xmm11",
+                    "2:",
+                    "prefetcht0 [{next}]",
+                    $($values,)*
+                    weigh!(0, 0, 1, 2),
+                    weigh!(4, 3, 4, 5),
+                    weigh!(8, 6, 7, 8),
+                    weigh!(12, 9, 10, 11),
+                    "add {p}, {p_row}",
+                    "add {v}, {row}",
+                    "add {next}, {next_row}",
+                    "dec {n}",
+                    "jnz 2b",
+                    add!("{acc}", 0, 0, 1, 2),
+                    add!("{acc} + {acc_row}", 4, 3, 4, 5),
+                    add!("{acc} + 2*{acc_row}", 8, 6, 7, 8),
+                    add!("{acc} + {acc_row3}", 12, 9, 10, 11),
+                    p = inout(reg) t.p => _, v = inout(reg) t.v.add($v) => _, n = inout(reg) t.n => _,
+                    next = inout(reg) t.next[$half] => _,
+                    row = in(reg) t.stride * size_of::<T>(), next_row = in(reg) t.next_stride * size_of::<T>(),
+                    acc = in(reg) t.acc.add($acc), acc_row = in(reg) 4 * t.acc_stride, acc_row3 = in(reg) 12 * t.acc_stride,
+                    alpha = in(reg) t.alpha, p_row = const 4 * HEADS, apart = const 4 * $apart, $($mask)*
+                    out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _, out("ymm6") _,
+                    out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _, out("ymm12") _, out("ymm13") _,
+                    out("ymm14") _, out("ymm15") _, options(nostack)
+                )
+            };
+        }
+        // SAFETY: the caller's: n ≥ 1 rows of p and v, 4 rows of acc; the token proves AVX2, FMA and F16C. A prefetch of any address is
+        // harmless.
+        unsafe {
+            if T::EVEN_ODD {
+                half!(
+                    0, 0, 0, 16,
+                    "vmovdqu ymm12, [{v}]", "vmovdqu ymm13, [{v} + 32]", "vmovdqu ymm14, [{v} + 64]",
+                    "vpslld ymm12, ymm12, 16", "vpslld ymm13, ymm13, 16", "vpslld ymm14, ymm14, 16";
+                );
+                half!(
+                    1, 0, 8, 16,
+                    "vmovdqu ymm15, [{odd}]",
+                    "vpand ymm12, ymm15, [{v}]", "vpand ymm13, ymm15, [{v} + 32]", "vpand ymm14, ymm15, [{v} + 64]";
+                    odd = in(reg) ODD.as_ptr(),
+                );
+            } else if size_of::<T>() == 2 {
+                half!(0, 0, 0, 8, "vcvtph2ps ymm12, [{v}]", "vcvtph2ps ymm13, [{v} + 16]", "vcvtph2ps ymm14, [{v} + 32]";);
+                half!(1, 24, 24, 8, "vcvtph2ps ymm12, [{v}]", "vcvtph2ps ymm13, [{v} + 16]", "vcvtph2ps ymm14, [{v} + 32]";);
+            } else {
+                half!(
+                    0, 0, 0, 8,
+                    "prefetcht0 [{next} + 64]",
+                    "vmovups ymm12, [{v}]", "vmovups ymm13, [{v} + 32]", "vmovups ymm14, [{v} + 64]";
+                );
+                half!(
+                    1, 24, 24, 8,
+                    "prefetcht0 [{next} + 64]",
+                    "vmovups ymm12, [{v}]", "vmovups ymm13, [{v} + 32]", "vmovups ymm14, [{v} + 64]";
                 );
             }
         }

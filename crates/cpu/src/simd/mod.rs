@@ -80,6 +80,32 @@ pub struct ScoreTile<T> {
     pub next: *const T,
 }
 
+/// Operands of the weighted values of 4 heads over [`VALUE_COLUMNS`] dimensions: acc[4, columns] = acc · alpha + pᵀ[4, n] · v[n, columns].
+#[derive(Clone, Copy)]
+pub struct ValueTile<T> {
+    /// Keys.
+    pub n: usize,
+    /// The heads' weights.
+    pub p: *const f32,
+    /// The values.
+    pub v: *const T,
+    /// Elements between values.
+    pub stride: usize,
+    /// The results so far, in the order of [`Load::load_two`].
+    pub acc: *mut f32,
+    /// Elements between results.
+    pub acc_stride: usize,
+    /// Each head's factor.
+    pub alpha: *const f32,
+    /// Values that are read later and fetched on the way: the first half of the dimensions, then the second.
+    pub next: [*const T; 2],
+    /// Elements between what is fetched with each key.
+    pub next_stride: usize,
+}
+
+/// Dimensions of a [`ValueTile`].
+pub const VALUE_COLUMNS: usize = 48;
+
 /// What a thread keeps between tiles of dot products of one work item.
 #[derive(Default)]
 pub struct DotState {
@@ -183,12 +209,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
         false
     }
 
-    /// Computes a tile of scores and returns true where this instruction set has it in assembly, for these elements and D; else does
-    /// nothing.
+    /// Computes a tile of scores, `HEADS` apart from key to key, and returns true where this instruction set has it in assembly, for this D;
+    /// else does nothing.
     /// # Safety
     /// q is readable as [4, D], k as [3, D], p writable as [3, 4].
     #[inline(always)]
-    unsafe fn score_tile<T: Elem>(self, _t: &ScoreTile<T>) -> bool {
+    unsafe fn score_tile<T: Elem, const HEADS: usize>(self, _t: &ScoreTile<T>) -> bool {
+        false
+    }
+    /// Computes a tile of weighted values, whose weights are `HEADS` apart from key to key, and returns true where this instruction set has it in
+    /// assembly; else does nothing.
+    /// # Safety
+    /// There is a key; p is readable as [n, 4], v as [n, VALUE_COLUMNS], alpha as 4 f32, acc readable and writable as [4, VALUE_COLUMNS].
+    #[inline(always)]
+    unsafe fn value_tile<T: Elem, const HEADS: usize>(self, _t: &ValueTile<T>) -> bool {
         false
     }
 
