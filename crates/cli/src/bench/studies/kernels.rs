@@ -69,7 +69,7 @@ impl<F: Single> Forms for InTurn<F> {
         self.0[i].verify(0)
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        self.0[0].verify_peer(data)
+        verify::wrong_size(data.len(), 0)
     }
 }
 
@@ -94,7 +94,7 @@ impl<F: Reads> Forms for BesideReading<'_, F> {
         if i == 0 { self.kernel.verify(0) } else { Ok(verify::nothing()) }
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
-        self.kernel.verify_peer(data)
+        verify::wrong_size(data.len(), 0)
     }
 }
 
@@ -104,17 +104,47 @@ fn read_share(found: &[Measured], least: f64) -> Option<f64> {
     kernel.failed.is_none().then(|| read.times.median().max(least) / kernel.times.median()).filter(|s| s.is_finite())
 }
 
+/// What a kernel must compute, without the kernel.
+struct Wanted<'a>(&'a dyn Forms);
+
+impl Forms for Wanted<'_> {
+    fn count(&self) -> usize {
+        0
+    }
+    fn poison(&mut self, _: usize, _: bool) -> Result<()> {
+        Ok(())
+    }
+    fn call(&mut self, _: usize) -> Result<f64> {
+        Ok(f64::NAN)
+    }
+    fn verify(&mut self, _: usize) -> Result<Checked> {
+        Ok(verify::nothing())
+    }
+    fn verify_peer(&self, data: &[f32]) -> Checked {
+        self.0.verify_peer(data)
+    }
+    fn peer_rows(&self) -> Option<&[usize]> {
+        self.0.peer_rows()
+    }
+}
+
+/// Measures peers after the `kernel`, in turn with one another only: between calls of the kernel their threads and memory would cost it the share
+/// of its limit that is asked about.
+fn peers_of(session: &Session, case: &Case, kernel: &dyn Forms, mut peers: PeerSet, work: Work) -> Result<Vec<Row>> {
+    let found = measure(session, &mut Wanted(kernel), &mut peers.forms)?;
+    Ok(peer_rows::rows_of(session, case, &peers, &found, work))
+}
+
 fn projection(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let data_of = |s: &Shape| inputs::block_data(&s.problem(), SEED, session.threads());
     let make = |s: &Shape, data: &BlockData| QkvForms::new(session, *s, vec![true], data);
     let case = &case.clone().variant(Kernel::Projection.name());
     let data = data_of(&case.shape);
     let mut forms = InTurn(vec![make(&case.shape, &data)?]);
-    let mut peers = qkv::start_peers(session, case, &data)?;
-    let found = measure(session, &mut forms, &mut peers.forms)?;
+    let found = measure(session, &mut forms, &mut [])?;
     let mut row = forms.0[0].row(case, Level::Maximal, 0, &found[0])?;
-    let beside = peer_rows::rows_of(session, case, &peers, &found[1..], forms.0[0].work());
-    drop((peers, data));
+    let beside = peers_of(session, case, &forms.0[0], qkv::start_peers(session, case, &data)?, forms.0[0].work())?;
+    drop(data);
     let wrong = beside_neighbours(session, case, &mut row, forms, |s| make(s, &data_of(s)))?;
     Ok([vec![row], beside, wrong].concat())
 }
@@ -135,12 +165,11 @@ fn tiled_attention(session: &Session, case: &Case, features: &[Feature]) -> Resu
     let make = |s: &Shape, feature: Feature| Operator::with(session, s, feature, &numbers_of(s, feature));
     let operators = features.iter().map(|&f| make(&case.shape, f)).collect::<Result<Vec<_>>>()?;
     let mut forms = InTurn(operators);
-    // They are of the plain form.
+    let found = measure(session, &mut forms, &mut [])?;
+    // Peers compute the plain form, which comes first.
     let plain = &case.clone().variant(Feature::Plain.variant(case.shape.causal));
-    let mut peers = attention::start_peers(session, plain, &numbers_of(&case.shape, Feature::Plain))?;
-    let found = measure(session, &mut forms, &mut peers.forms)?;
-    let beside = peer_rows::rows_of(session, plain, &peers, &found[features.len()..], forms.0[0].work());
-    drop(peers);
+    let peers = attention::start_peers(session, plain, &numbers_of(&case.shape, Feature::Plain))?;
+    let beside = peers_of(session, plain, &forms.0[0], peers, forms.0[0].work())?;
     let mut all: Vec<Row> = Vec::new();
     for ((&feature, operator), m) in features.iter().zip(&mut forms.0).zip(&found) {
         let shape = feature.shape(case.shape);
@@ -199,29 +228,27 @@ fn beside_neighbours<F: Single>(
     Ok(wrong)
 }
 
-/// Warm over one cache, beside the peers, then cold over copies of it that together do not stay in the last-level cache.
+/// Warm over one cache, then cold over copies of it that together do not stay in the last-level cache; then the peers, which are warm.
 fn decode(session: &Session, case: &Case) -> Result<Vec<Row>> {
-    let case = case.clone().variant("decode warm");
-    let (kernel, mut peers) = {
-        let numbers = Numbers::new(&case.shape, session.threads());
-        (Operator::new(session, &case.shape, &numbers)?, attention::start_peers(session, &case, &numbers)?)
-    };
+    let numbers = Numbers::new(&case.shape, session.threads());
+    let kernel = Operator::new(session, &case.shape, &numbers)?;
     let (bytes, work) = (kernel.cache_bytes(), kernel.decode_work());
     let mut forms = BesideReading { session, kernel };
+    let warm = case.clone().variant("decode warm");
     let mut all = Vec::new();
-    for (case, copies) in [(case.clone(), 1), (case.variant("decode cold"), fit::copies(bytes))] {
+    for (case, copies) in [(&warm, 1), (&case.clone().variant("decode cold"), fit::copies(bytes))] {
         session.check()?;
         forms.kernel.keep_copies(copies);
-        let found = measure(session, &mut forms, &mut peers.forms)?;
-        let mut row = attention_row(session, &case, &mut forms.kernel, &found[0], work)?;
+        let found = measure(session, &mut forms, &mut [])?;
+        let mut row = attention_row(session, case, &mut forms.kernel, &found[0], work)?;
         row.read_share = read_share(&found, 0.0);
         // Decode widens what it reads, whatever its type.
         let arithmetic = work.flops.unwrap_or(0.0) / session.limits.peak_flops;
         row.bound_share = read_share(&found, arithmetic);
         all.push(row);
-        all.extend(peer_rows::rows_of(session, &case, &peers, &found[2..], work));
-        peers = PeerSet::none();
     }
+    forms.kernel.keep_copies(1);
+    all.extend(peers_of(session, &warm, &forms.kernel, attention::start_peers(session, &warm, &numbers)?, work)?);
     Ok(all)
 }
 
@@ -231,13 +258,12 @@ fn decode_block(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let data = inputs::block_data(&problem, SEED, session.threads());
     let kernel = BlockForms::new(session, &problem, &data, &[Level::Maximal], None)?;
     let mut forms = BesideReading { session, kernel };
-    let mut peers = block::start_peers(session, case, &data)?;
-    let found = measure(session, &mut forms, &mut peers.forms)?;
+    let found = measure(session, &mut forms, &mut [])?;
     let work = Work { flops: Some(problem.flops()), bytes: problem.compulsory_bytes() };
     let mut all = block::level_rows(session, case, &[Level::Maximal], &mut forms.kernel, &found[..1], work)?;
     for row in &mut all {
         row.read_share = read_share(&found, 0.0);
     }
-    all.extend(peer_rows::rows_of(session, case, &peers, &found[2..], work));
+    all.extend(peers_of(session, case, &forms.kernel, block::start_peers(session, case, &data)?, work)?);
     Ok(all)
 }
