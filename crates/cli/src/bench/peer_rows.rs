@@ -43,8 +43,11 @@ impl PeerForm {
         Ok((seconds, self.output(forms)?))
     }
 
-    /// Seconds of another call, and its errors when it is the last.
-    pub fn again(&mut self, forms: &dyn Forms, last: bool) -> Result<(f64, Option<Checked>)> {
+    /// Seconds of another call, after an `unseen` one, and its errors when it is the last.
+    pub fn again(&mut self, forms: &dyn Forms, unseen: bool, last: bool) -> Result<(f64, Option<Checked>)> {
+        if unseen {
+            self.running()?.time_once()?;
+        }
         let seconds = self.running()?.time_once()?;
         Ok((seconds, if last { Some(self.output(forms)?) } else { None }))
     }
