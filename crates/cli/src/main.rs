@@ -29,7 +29,7 @@ Examples:
   lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
 
 Exit codes: 0 done; 1 the machine or a verification failed; 2 bad usage or bad input; 130 interrupted.
-The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx512, avx512_bf16 or amx.";
+The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx512, avx512_bf16, amx, neon or neon_bf16.";
 
 /// Computes, measures and explains the attention block of transformers at four levels of fusion.
 #[derive(Parser)]

@@ -11,7 +11,9 @@ fn version_names_commit_and_instruction_set() {
     let said = stdout(&["--version"]);
     assert!(said.starts_with(&format!("lawson {} (commit ", env!("CARGO_PKG_VERSION"))), "{said}");
     assert!(
-        ["portable", "avx2", "avx512", "avx512_bf16", "amx"].iter().any(|isa| said.trim_end().ends_with(&format!("{isa})"))),
+        ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
+            .iter()
+            .any(|isa| said.trim_end().ends_with(&format!("{isa})"))),
         "{said}"
     );
 }
@@ -32,7 +34,7 @@ fn help_shows_examples() {
 fn an_unknown_instruction_set_is_refused() {
     for args in [&["explain", PROBLEM][..], &["devices"], &["check", "--quick"], &["bench"]] {
         let output = lawson().args(args).env("LAWSON_ISA", "mmx").output().expect("the program starts");
-        is_refusal(&output, &["LAWSON_ISA", "'mmx'", "portable, avx2, avx512, avx512_bf16, amx"]);
+        is_refusal(&output, &["LAWSON_ISA", "'mmx'", "portable, avx2, avx512, avx512_bf16, amx, neon, neon_bf16"]);
     }
     let output = lawson().args(["explain", PROBLEM]).env("LAWSON_ISA", "portable").output().expect("the program starts");
     assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("-portable"));

@@ -20,7 +20,7 @@ use crate::{
         scores::{self, Strips},
         softmax, tile,
     },
-    simd::{DOT_COLUMNS, Simd, portable::Portable},
+    simd::{Simd, portable::Portable},
 };
 
 macro_rules! kernels {
@@ -68,11 +68,22 @@ macro_rules! kernels {
         #[cfg(target_arch = "x86_64")]
         mod avx512 {
             use super::*;
-            use crate::simd::avx512::{Avx512, Widened};
+            use crate::simd::{avx512::Avx512, dots::Widened};
             $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
                 // SAFETY: the caller's; the features enabled here are those the token proves.
                 unsafe { $body(Avx512::<Widened>::new_unchecked(), $($arg),*) }
+            })*
+        }
+
+        #[cfg(target_arch = "aarch64")]
+        mod neon {
+            use super::*;
+            use crate::simd::{dots::Widened, neon::Neon};
+            $(#[target_feature(enable = "neon")]
+            pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
+                // SAFETY: the caller's; the features enabled here are those the token proves.
+                unsafe { $body(Neon::<Widened>::new_unchecked(), $($arg),*) }
             })*
         }
 
@@ -108,7 +119,17 @@ macro_rules! kernels {
                         $($name: avx512::$name,)*
                         _private: PhantomData,
                     }),
-                    #[cfg(not(target_arch = "x86_64"))]
+                    #[cfg(target_arch = "aarch64")]
+                    Isa::Neon | Isa::NeonBf16 => with_dots(Kernels {
+                        isa,
+                        lanes: <crate::simd::neon::Neon>::LANES,
+                        mr: <crate::simd::neon::Neon>::MR,
+                        query_rows: <crate::simd::neon::Neon>::QUERY_ROWS,
+                        dot_rows: 0,
+                        dot_probe_flops: 0,
+                        $($name: neon::$name,)*
+                        _private: PhantomData,
+                    }),
                     _ => return None,
                 })
             }
@@ -181,28 +202,27 @@ kernels! {
     tanh_row(x: *mut f32, n: usize) = crate::math::tanh_row;
 }
 
-/// The kernels that multiply bf16 natively, for an instruction set that is AVX-512 otherwise.
-#[cfg(target_arch = "x86_64")]
+/// The kernels that multiply bf16 natively, for an instruction set that differs from another in nothing else.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! dot_kernels {
-    ($module:ident, $dots:path, $($name:ident($($arg:ident: $t:ty),*) $(-> $ret:ty)? = $body:path;)*) => {
+    ($module:ident, $features:literal, $token:ty, $($name:ident($($arg:ident: $t:ty),*) $(-> $ret:ty)? = $body:path;)*) => {
         mod $module {
             use super::*;
-            use crate::simd::avx512::Avx512;
-            $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+            type Token = $token;
+            $(#[target_feature(enable = $features)]
             pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
-                // SAFETY: the caller's; the features enabled here are those the token proves, and the processor has `$dots`.
-                unsafe { $body(Avx512::<$dots>::new_unchecked(), $($arg),*) }
+                // SAFETY: the caller's; the features enabled here are those the token proves.
+                unsafe { $body(Token::new_unchecked(), $($arg),*) }
             })*
-            /// `kernels` with these in place of the same ones of AVX-512.
+            /// `kernels` with these in place of the same ones.
             pub fn over(kernels: Kernels) -> Kernels {
-                type Token = Avx512<$dots>;
                 Kernels { dot_rows: Token::DOT_ROWS, dot_probe_flops: Token::DOT_PROBE_FLOPS, $($name,)* ..kernels }
             }
         }
     };
-    ($($module:ident: $dots:path),*) => {
+    ($($module:ident: $features:literal, $token:ty;)*) => {
         $(dot_kernels! {
-            $module, $dots,
+            $module, $features, $token,
             pack_x(p: &PackX, group: usize) = gemm::pack_x;
             gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
             attention_prefill(a: &Attention<'_>, item: usize, scratch: *mut f32) = attention_prefill::attention_prefill;
@@ -214,14 +234,26 @@ macro_rules! dot_kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
-dot_kernels!(pairs: crate::simd::avx512::Pairs, tiles: crate::simd::amx::Tiles);
+dot_kernels! {
+    pairs: "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c", crate::simd::avx512::Avx512<crate::simd::avx512::Pairs>;
+    tiles: "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c", crate::simd::avx512::Avx512<crate::simd::amx::Tiles>;
+}
 
-#[cfg(target_arch = "x86_64")]
-fn with_dots(avx512: Kernels) -> Kernels {
-    match avx512.isa {
-        Isa::Avx512Bf16 => pairs::over(avx512),
-        Isa::Amx => tiles::over(avx512),
-        _ => avx512,
+#[cfg(target_arch = "aarch64")]
+dot_kernels! {
+    matrices: "neon,bf16", crate::simd::neon::Neon<crate::simd::neon::Matrices>;
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn with_dots(kernels: Kernels) -> Kernels {
+    match kernels.isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => pairs::over(kernels),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => tiles::over(kernels),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonBf16 => matrices::over(kernels),
+        _ => kernels,
     }
 }
 
@@ -258,7 +290,7 @@ impl Kernels {
             row(AttentionDecode, &DType::ALL, 4, nr),
         ];
         if self.dot_rows > 0 {
-            infos.extend([Gemm, AttentionPrefill].map(|op| row(op, &[DType::BF16], self.dot_rows, DOT_COLUMNS)));
+            infos.extend([Gemm, AttentionPrefill].map(|op| row(op, &[DType::BF16], self.dot_rows, nr)));
         }
         infos
     }

@@ -18,11 +18,15 @@ pub enum Isa {
     Avx512Bf16,
     /// AVX-512 with AMX: bf16 is multiplied in tiles.
     Amx,
+    /// AArch64 with Advanced SIMD, which includes f16 conversion.
+    Neon,
+    /// Advanced SIMD with BF16: bf16 is multiplied in matrices of 2 × 4.
+    NeonBf16,
 }
 
 impl Isa {
     /// Every instruction set, narrowest first.
-    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    pub const ALL: [Isa; 7] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx, Isa::Neon, Isa::NeonBf16];
 
     /// The name users write.
     pub const fn name(self) -> &'static str {
@@ -32,6 +36,8 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512_bf16",
             Isa::Amx => "amx",
+            Isa::Neon => "neon",
+            Isa::NeonBf16 => "neon_bf16",
         }
     }
 
@@ -53,7 +59,10 @@ impl Isa {
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => Isa::Avx512Bf16.is_available() && crate::simd::amx::is_available(),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16 => Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("bf16"),
             _ => false,
         }
     }

@@ -41,6 +41,13 @@ pub fn features() -> Vec<&'static str> {
             found.push("amx-bf16");
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! detect {
+            ($($name:tt),*) => { $(if std::arch::is_aarch64_feature_detected!($name) { found.push($name); })* };
+        }
+        detect!("neon", "fp16", "dotprod", "bf16", "i8mm");
+    }
     found.shrink_to_fit();
     found
 }
@@ -72,10 +79,12 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
     /// Two FMA ports at 2.5 GHz.
     const FLOPS_PER_LANE: f64 = 2.0 * 2.0 * 2.5e9;
     let peak_flops = FLOPS_PER_LANE * kernels.lanes as f64 * threads as f64;
-    // Tiles have been seen to do some 14 times what FMA does, pairs 2 times where they are chosen.
+    // Tiles have been seen to do some 14 times what FMA does, pairs 2 times where they are chosen. A `bfmmla` does 4 times what an FMA of as
+    // many bits does.
     let bf16_factor = match kernels.isa {
         Isa::Amx => 14.0,
         Isa::Avx512Bf16 => 2.0,
+        Isa::NeonBf16 => 4.0,
         _ => 1.0,
     };
     MachineProfile {

@@ -77,7 +77,7 @@ impl Layout {
 /// f32 of scratch of a prefill item of `kernels` whose result is `dtype`.
 pub fn scratch_len(spec: &AttentionSpec, dtype: DType, kv_dtype: CacheDType, query_tile: usize, kernels: &Kernels) -> usize {
     if attention_prefill_bf16::applies(kernels.dot_rows, dtype, kv_dtype) {
-        return attention_prefill_bf16::scratch_len(spec, query_tile);
+        return attention_prefill_bf16::scratch_len(spec, query_tile, kernels.lanes);
     }
     let lanes = kernels.lanes;
     Layout::new(spec, kv_dtype, query_tile, lanes).len

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     math::{exp2_rough, exp2_share},
-    simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Simd},
+    simd::{DOT_STEPS, DotState, DotTile, Simd},
 };
 
 /// Whether this kernel computes an item, on an instruction set with tiles of `dot_rows`.
@@ -22,8 +22,6 @@ pub const fn applies(dot_rows: usize, dtype: DType, kv_dtype: CacheDType) -> boo
     dot_rows > 0 && matches!((dtype, kv_dtype), (DType::BF16, CacheDType::BF16))
 }
 
-/// Lanes of a vector: this kernel's instruction sets have 512 bits.
-const LANES: usize = 16;
 /// Bytes between rows of the transposed V; not a power of two, so that rows lie in different sets of the cache.
 pub(super) const V_STRIDE: usize = KEYS * 2 + 64;
 /// Growth of a maximum, in powers of two, from which on results so far are rescaled; below, probabilities exceed 1.
@@ -39,9 +37,9 @@ struct Layout {
     state: usize,
     /// f32 of a strip's.
     state_len: usize,
-    /// [KEYS, DOT_COLUMNS].
+    /// [KEYS, strip].
     scores: usize,
-    /// Probabilities in pairs of keys [KEYS / 2, DOT_COLUMNS, 2], bf16.
+    /// Probabilities in pairs of keys [KEYS / 2, strip, 2], bf16.
     p: usize,
     /// Vᵀ [depth, KEYS], bf16, rows V_STRIDE bytes apart.
     v: usize,
@@ -55,23 +53,24 @@ struct Layout {
 
 impl Layout {
     #[inline(always)]
-    fn new(spec: &AttentionSpec, query_tile: usize) -> Layout {
-        let strips = (query_tile * spec.group()).div_ceil(DOT_COLUMNS);
+    fn new(spec: &AttentionSpec, query_tile: usize, lanes: usize) -> Layout {
+        let strip = 2 * lanes;
+        let strips = (query_tile * spec.group()).div_ceil(strip);
         let depth = spec.head_dim.next_multiple_of(DOT_STEPS);
         let state = strips * STRIP;
-        let state_len = DOT_COLUMNS * (depth / 2 + depth + Strip::STATE);
+        let state_len = strip * (depth / 2 + depth + Strip::STATE);
         let scores = state + strips * state_len;
-        let p = scores + KEYS * DOT_COLUMNS;
-        let v = p + KEYS / 2 * DOT_COLUMNS;
+        let p = scores + KEYS * strip;
+        let v = p + KEYS / 2 * strip;
         let k = v + depth * V_STRIDE / 4;
         let rows = k + if depth == spec.head_dim { 0 } else { KEYS * depth / 2 };
-        Layout { depth, strips, state, state_len, scores, p, v, k, rows, len: rows + LANES * depth }
+        Layout { depth, strips, state, state_len, scores, p, v, k, rows, len: rows + lanes * depth }
     }
 }
 
 /// f32 of scratch of an item.
-pub fn scratch_len(spec: &AttentionSpec, query_tile: usize) -> usize {
-    Layout::new(spec, query_tile).len
+pub fn scratch_len(spec: &AttentionSpec, query_tile: usize, lanes: usize) -> usize {
+    Layout::new(spec, query_tile, lanes).len
 }
 
 /// Computes one work item.
@@ -81,7 +80,7 @@ pub fn scratch_len(spec: &AttentionSpec, query_tile: usize) -> usize {
 pub unsafe fn attend<S: Simd>(s: S, a: &Attention<'_>, item: &Item, scratch: *mut f32) {
     let (d, b) = (a.spec.head_dim, item.sequence);
     let lanes = Lanes::new(a, item);
-    let layout = Layout::new(a.spec, item.queries.len());
+    let layout = Layout::new(a.spec, item.queries.len(), S::LANES);
     let at = |offset: usize| scratch.wrapping_add(offset);
     let strip_at = |i: usize| scratch.wrapping_add(i * STRIP).cast::<Strip>();
     let mut state = DotState::default();
@@ -125,14 +124,19 @@ pub unsafe fn attend<S: Simd>(s: S, a: &Attention<'_>, item: &Item, scratch: *mu
             let strip = &*strip_at(i);
             for j in 0..strip.vectors {
                 if a.parts.is_null() {
-                    fetch_rows(s, a.out, &lanes, strip.first + j * LANES, strip.first + strip.lanes, d);
+                    fetch_rows(s, a.out, &lanes, strip.first + j * S::LANES, strip.first + strip.lanes, d);
                 }
-                for i in (0..layout.depth).step_by(LANES) {
-                    s.transpose(strip.o.add(i * DOT_COLUMNS + j * LANES), DOT_COLUMNS, at(layout.rows + i), layout.depth);
+                for i in (0..layout.depth).step_by(S::LANES) {
+                    s.transpose(
+                        strip.o.add(i * S::DOT_COLUMNS + j * S::LANES),
+                        S::DOT_COLUMNS,
+                        at(layout.rows + i),
+                        layout.depth,
+                    );
                 }
-                for lane in j * LANES..strip.lanes.min((j + 1) * LANES) {
+                for lane in j * S::LANES..strip.lanes.min((j + 1) * S::LANES) {
                     let (head, _, r) = lanes.of(strip.first + lane);
-                    let o = at(layout.rows + lane % LANES * layout.depth);
+                    let o = at(layout.rows + lane % S::LANES * layout.depth);
                     finish(s, a, head, r, item.part, o, *strip.m.add(lane), *strip.l.add(lane));
                 }
             }
@@ -153,22 +157,22 @@ unsafe fn prepare<S: Simd>(
     state: *mut f32,
     rows: *mut bf16,
 ) -> Strip {
-    let (d, first, end) = (a.spec.head_dim, i * DOT_COLUMNS, lanes.queries * a.spec.group());
+    let (d, first, end) = (a.spec.head_dim, i * S::DOT_COLUMNS, lanes.queries * a.spec.group());
     let q = state;
-    let o = q.wrapping_add(DOT_COLUMNS * layout.depth / 2);
-    let state = o.wrapping_add(DOT_COLUMNS * layout.depth);
-    let mut strip = Strip::new(q, o, state, DOT_COLUMNS, first, DOT_COLUMNS.min(end - first), DOT_COLUMNS / LANES);
+    let o = q.wrapping_add(S::DOT_COLUMNS * layout.depth / 2);
+    let state = o.wrapping_add(S::DOT_COLUMNS * layout.depth);
+    let mut strip = Strip::new(q, o, state, S::DOT_COLUMNS, first, S::DOT_COLUMNS.min(end - first), 2);
     // SAFETY: the caller's.
     unsafe {
         if i == 0 {
             fetch_rows(s, a.q, lanes, 0, end, d);
         }
-        for lane in 0..DOT_COLUMNS {
-            if lane % LANES == 0 {
-                fetch_rows(s, a.q, lanes, first + lane + LANES, end, d);
+        for lane in 0..S::DOT_COLUMNS {
+            if lane % S::LANES == 0 {
+                fetch_rows(s, a.q, lanes, first + lane + S::LANES, end, d);
             }
             strip.describe(a, lanes, item, lane);
-            let row = rows.add(lane % LANES * layout.depth);
+            let row = rows.add(lane % S::LANES * layout.depth);
             row.write_bytes(0, layout.depth);
             if lane < strip.lanes {
                 let (head, _, r) = lanes.of(first + lane);
@@ -181,15 +185,15 @@ unsafe fn prepare<S: Simd>(
                     store_row(s, DType::BF16, strip.o, row.cast(), d);
                 }
             }
-            if lane % LANES == LANES - 1 {
+            if lane % S::LANES == S::LANES - 1 {
                 let pairs = layout.depth / 2;
-                for j in (0..pairs).step_by(LANES) {
-                    let to = strip.q.add(j * DOT_COLUMNS + lane + 1 - LANES);
-                    s.transpose(rows.cast::<f32>().add(j), pairs, to, DOT_COLUMNS);
+                for j in (0..pairs).step_by(S::LANES) {
+                    let to = strip.q.add(j * S::DOT_COLUMNS + lane + 1 - S::LANES);
+                    s.transpose(rows.cast::<f32>().add(j), pairs, to, S::DOT_COLUMNS);
                 }
             }
         }
-        for j in (0..layout.depth * DOT_COLUMNS).step_by(LANES) {
+        for j in (0..layout.depth * S::DOT_COLUMNS).step_by(S::LANES) {
             s.store(strip.o.add(j), s.splat(0.0));
         }
     }
@@ -212,25 +216,25 @@ pub(super) unsafe fn transpose_values<S: Simd>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut line = [bf16::ZERO; 2 * LANES];
-        for key in (0..n).step_by(DOT_STEPS) {
-            for i in (0..d.next_multiple_of(DOT_STEPS)).step_by(LANES) {
-                for pair in 0..LANES {
+        let mut line = [bf16::ZERO; 32];
+        for key in (0..n.next_multiple_of(DOT_STEPS)).step_by(2 * S::LANES) {
+            for i in (0..d.next_multiple_of(DOT_STEPS)).step_by(S::LANES) {
+                for pair in 0..S::LANES {
                     let (even, odd) = (key + 2 * pair, key + 2 * pair + 1);
-                    let to = square.add(pair * LANES).cast();
-                    if odd < n && i + LANES <= d {
+                    let to = square.add(pair * S::LANES).cast();
+                    if odd < n && i + S::LANES <= d {
                         s.pair_rows(to, v.add(even * stride + i), v.add(odd * stride + i));
                     } else {
                         for (half, row) in [even, odd].into_iter().enumerate() {
-                            for j in 0..LANES {
+                            for j in 0..S::LANES {
                                 let inside = row < n && i + j < d;
-                                line[half * LANES + j] = if inside { *v.add(row * stride + i + j) } else { bf16::ZERO };
+                                line[half * S::LANES + j] = if inside { *v.add(row * stride + i + j) } else { bf16::ZERO };
                             }
                         }
-                        s.pair_rows(to, line.as_ptr(), line.as_ptr().add(LANES));
+                        s.pair_rows(to, line.as_ptr(), line.as_ptr().add(S::LANES));
                     }
                 }
-                s.transpose(square, LANES, to.add(i * V_STRIDE / 4 + key / 2), V_STRIDE / 4);
+                s.transpose(square, S::LANES, to.add(i * V_STRIDE / 4 + key / 2), V_STRIDE / 4);
             }
         }
     }
@@ -277,7 +281,7 @@ unsafe fn attend_strip<S: Simd>(
     scratch: *mut f32,
     mask: &StripMask,
 ) {
-    const WIDTH: usize = DOT_COLUMNS;
+    let width = S::DOT_COLUMNS;
     let (scores, p) = (scratch.wrapping_add(layout.scores), scratch.wrapping_add(layout.p).cast::<u8>());
     let (n, blocks) = (keys.rows.len(), keys.rows.len().div_ceil(DOT_STEPS));
     let (q_factor, cap) = a.factors();
@@ -291,8 +295,8 @@ unsafe fn attend_strip<S: Simd>(
                 row_stride: keys.k_stride,
                 block_stride: DOT_STEPS * 2,
                 b: strip.q.cast_const().cast(),
-                c: scores.add(i * WIDTH),
-                c_stride: WIDTH,
+                c: scores.add(i * width),
+                c_stride: width,
                 accumulate: false,
             };
             s.dots(state, &tile);
@@ -304,18 +308,18 @@ unsafe fn attend_strip<S: Simd>(
         shape_scores(s, a, strip, &keys.rows, scores, early, mask, lines);
         let minus_inf = s.splat(f32::NEG_INFINITY);
         for j in 0..strip.vectors {
-            let c = scores.add(j * LANES);
-            let (m, l) = (strip.m.add(j * LANES), strip.l.add(j * LANES));
+            let c = scores.add(j * S::LANES);
+            let (m, l) = (strip.m.add(j * S::LANES), strip.l.add(j * S::LANES));
             let old = s.load(m);
             let mut top = [minus_inf; 4];
             let fours = n / 4 * 4;
             for i in (0..fours).step_by(4) {
                 for (u, top) in top.iter_mut().enumerate() {
-                    *top = s.max(*top, s.load(c.add((i + u) * WIDTH)));
+                    *top = s.max(*top, s.load(c.add((i + u) * width)));
                 }
             }
             for i in fours..n {
-                top[0] = s.max(top[0], s.load(c.add(i * WIDTH)));
+                top[0] = s.max(top[0], s.load(c.add(i * width)));
             }
             let top = s.mul(s.max(s.max(top[0], top[1]), s.max(top[2], top[3])), factor);
             let grown = s.select_lt(s.add(old, s.splat(SLACK)), top, s.splat(1.0), s.splat(0.0));
@@ -327,32 +331,32 @@ unsafe fn attend_strip<S: Simd>(
                 s.store(m, new);
                 s.store(l, s.mul(s.load(l), alpha));
                 for i in 0..layout.depth {
-                    let o = strip.o.add(i * WIDTH + j * LANES);
+                    let o = strip.o.add(i * width + j * S::LANES);
                     s.store(o, s.mul(s.load(o), alpha));
                 }
             }
             // A lane that has seen nothing yet subtracts 0, so that its scores of −∞ give 0 and not NaN.
             let minus_base = s.sub(s.splat(0.0), s.select_lt(minus_inf, new, new, s.splat(0.0)));
             let mut sum = [s.splat(0.0); 4];
-            let p = p.add(j * LANES * 4);
+            let p = p.add(j * S::LANES * 4);
             for i in (0..fours).step_by(4) {
                 let mut x = [s.splat(0.0); 4];
                 for (u, (x, sum)) in x.iter_mut().zip(&mut sum).enumerate() {
-                    *x = exp2_rough(s, s.fma(s.load(c.add((i + u) * WIDTH)), factor, minus_base));
+                    *x = exp2_rough(s, s.fma(s.load(c.add((i + u) * width)), factor, minus_base));
                     *sum = s.add(*sum, *x);
                 }
-                s.store_pairs(p.add(i / 2 * WIDTH * 4), x[0], x[1]);
-                s.store_pairs(p.add((i / 2 + 1) * WIDTH * 4), x[2], x[3]);
+                s.store_pairs(p.add(i / 2 * width * 4), x[0], x[1]);
+                s.store_pairs(p.add((i / 2 + 1) * width * 4), x[2], x[3]);
             }
             for i in (fours..blocks * DOT_STEPS).step_by(2) {
                 let mut x = [s.splat(0.0); 2];
                 for (u, x) in x.iter_mut().enumerate() {
                     if i + u < n {
-                        *x = exp2_rough(s, s.fma(s.load(c.add((i + u) * WIDTH)), factor, minus_base));
+                        *x = exp2_rough(s, s.fma(s.load(c.add((i + u) * width)), factor, minus_base));
                         sum[u] = s.add(sum[u], *x);
                     }
                 }
-                s.store_pairs(p.add(i / 2 * WIDTH * 4), x[0], x[1]);
+                s.store_pairs(p.add(i / 2 * width * 4), x[0], x[1]);
             }
             s.store(l, s.add(s.load(l), s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]))));
         }
@@ -364,8 +368,8 @@ unsafe fn attend_strip<S: Simd>(
                 row_stride: V_STRIDE,
                 block_stride: DOT_STEPS * 2,
                 b: p,
-                c: strip.o.add(i * WIDTH),
-                c_stride: WIDTH,
+                c: strip.o.add(i * width),
+                c_stride: width,
                 accumulate: true,
             };
             s.dots(state, &tile);

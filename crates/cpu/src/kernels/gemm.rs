@@ -17,7 +17,7 @@ use super::{
     rows::{CacheRows, Place, Rows, load_row, load_vector, places, round_row, store_row, with_elem},
     tile::{Tile, UNROLL, column_fetching},
 };
-use crate::simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Elem, Simd};
+use crate::simd::{DOT_STEPS, DotState, DotTile, Elem, Simd};
 
 /// Bytes of x that stay in second-level cache beside the weights that are streamed through it.
 const SMALL_X: usize = 512 << 10;
@@ -406,8 +406,9 @@ unsafe fn product<S: Simd, T: Elem>(s: S, x: *const f32, rows: usize, k: usize, 
 unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w: *const u8, padded: usize, c: *mut f32) {
     /// Blocks between visits to the scratch tile: two panels of B and a group of A stay in first-level cache.
     const STEP_BLOCKS: usize = 8;
-    const PANEL_BLOCK: usize = DOT_STEPS * DOT_COLUMNS * 2;
-    let (mut state, panels) = (DotState::default(), padded / DOT_COLUMNS);
+    // Bytes of a block of a panel.
+    let panel_block = DOT_STEPS * S::DOT_COLUMNS * 2;
+    let (mut state, panels) = (DotState::default(), padded / S::DOT_COLUMNS);
     let (pairs, depths) = (panels.div_ceil(2), blocks.div_ceil(STEP_BLOCKS));
     let streams = rows * blocks * DOT_STEPS * 2 <= SMALL_X;
     let (outer, inner) = if streams { (pairs, depths) } else { (depths, pairs) };
@@ -417,11 +418,11 @@ unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w
             let steps = STEP_BLOCKS.min(blocks - block0);
             // Panels that are read from end to end need no help; of the others each group of rows fetches a share of the next.
             let next = if pair + 2 < panels { (pair + 2, block0) } else { (0, block0 + steps) };
-            let share = if streams { 0 } else { (steps * PANEL_BLOCK).div_ceil(rows.div_ceil(S::DOT_ROWS)) };
+            let share = if streams { 0 } else { (steps * panel_block).div_ceil(rows.div_ceil(S::DOT_ROWS)) };
             for r in (0..rows).step_by(S::DOT_ROWS) {
                 let n = S::DOT_ROWS.min(rows - r);
                 for panel in pair..panels.min(pair + 2) {
-                    let start = ((next.0 + panel - pair) * blocks + next.1) * PANEL_BLOCK + r / S::DOT_ROWS * share;
+                    let start = ((next.0 + panel - pair) * blocks + next.1) * panel_block + r / S::DOT_ROWS * share;
                     for line in (0..share).step_by(64) {
                         s.fetch(w.wrapping_add(start + line));
                     }
@@ -431,8 +432,8 @@ unsafe fn dot_product<S: Simd>(s: S, x: *const u8, rows: usize, blocks: usize, w
                         a: x.wrapping_add((r * blocks + block0 * n) * DOT_STEPS * 2),
                         row_stride: DOT_STEPS * 2,
                         block_stride: n * DOT_STEPS * 2,
-                        b: w.wrapping_add((panel * blocks + block0) * PANEL_BLOCK),
-                        c: c.wrapping_add(r * padded + panel * DOT_COLUMNS),
+                        b: w.wrapping_add((panel * blocks + block0) * panel_block),
+                        c: c.wrapping_add(r * padded + panel * S::DOT_COLUMNS),
                         c_stride: padded,
                         accumulate: block0 > 0,
                     };

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     math::{exp2, tanh},
-    simd::{DOT_COLUMNS, DOT_STEPS, DotState, DotTile, Simd},
+    simd::{DOT_STEPS, DotState, DotTile, Simd},
 };
 
 /// Dimensions that are summed before they are added to a score: large scores keep more of their last bits that way.
@@ -87,12 +87,12 @@ impl Strips<'_> {
 
 /// f32 of scratch of every step here.
 pub fn scratch_len(head_dim: usize, lanes: usize) -> usize {
-    (head_dim.next_multiple_of(lanes) + CacheRows::TILE * head_dim).max(Dots::scratch_len(head_dim))
+    (head_dim.next_multiple_of(lanes) + CacheRows::TILE * head_dim).max(Dots::scratch_len(head_dim, lanes))
 }
 
 /// Scratch of the products in bf16.
 struct Dots {
-    /// B in pairs: [D, DOT_COLUMNS] or [TILE, DOT_COLUMNS] bf16.
+    /// B in pairs: [D, strip] or [TILE, strip] bf16.
     b: *mut u8,
     /// K padded [TILE, D], or Vᵀ [D, V_STRIDE bytes].
     a: *mut f32,
@@ -102,33 +102,40 @@ struct Dots {
 impl Dots {
     const SQUARE: usize = 256;
 
-    fn scratch_len(d: usize) -> usize {
-        let depth = d.next_multiple_of(DOT_STEPS);
-        DOT_COLUMNS * depth.max(CacheRows::TILE) / 2 + depth * V_STRIDE / 4 + Dots::SQUARE
+    /// f32 of B.
+    #[inline(always)]
+    fn pairs_len(depth: usize, lanes: usize) -> usize {
+        lanes * depth.max(CacheRows::TILE)
     }
 
-    fn new(scratch: *mut f32, d: usize) -> Dots {
+    fn scratch_len(d: usize, lanes: usize) -> usize {
         let depth = d.next_multiple_of(DOT_STEPS);
-        let a = scratch.wrapping_add(DOT_COLUMNS * depth.max(CacheRows::TILE) / 2);
+        Dots::pairs_len(depth, lanes) + depth * V_STRIDE / 4 + Dots::SQUARE
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(scratch: *mut f32, d: usize) -> Dots {
+        let depth = d.next_multiple_of(DOT_STEPS);
+        let a = scratch.wrapping_add(Dots::pairs_len(depth, S::LANES));
         Dots { b: scratch.cast(), a, square: a.wrapping_add(depth * V_STRIDE / 4) }
     }
 
-    /// Rounds `n` rows of DOT_COLUMNS f32 to pairs, zeros up to whole blocks behind them.
+    /// Rounds `n` rows of a strip to pairs, zeros up to whole blocks behind them.
     /// # Safety
-    /// `from` is readable as [n, DOT_COLUMNS]; `n` is at most D or TILE.
+    /// `from` is readable as [n, strip]; `n` is at most D or TILE.
     #[inline(always)]
     unsafe fn set_pairs<S: Simd>(&self, s: S, from: *const f32, n: usize) {
         for i in (0..n.next_multiple_of(DOT_STEPS)).step_by(2) {
-            for j in (0..DOT_COLUMNS).step_by(S::LANES) {
+            for j in (0..S::DOT_COLUMNS).step_by(S::LANES) {
                 let mut x = [s.splat(0.0); 2];
                 for (u, x) in x.iter_mut().enumerate() {
                     if i + u < n {
                         // SAFETY: the caller's.
-                        *x = unsafe { s.load(from.add((i + u) * DOT_COLUMNS + j)) };
+                        *x = unsafe { s.load(from.add((i + u) * S::DOT_COLUMNS + j)) };
                     }
                 }
                 // SAFETY: b holds n up to whole blocks.
-                unsafe { s.store_pairs(self.b.add((i / 2 * DOT_COLUMNS + j) * 4), x[0], x[1]) };
+                unsafe { s.store_pairs(self.b.add((i / 2 * S::DOT_COLUMNS + j) * 4), x[0], x[1]) };
             }
         }
     }
@@ -183,7 +190,7 @@ pub unsafe fn scores<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratch: *mut f
     let head = [strip.sequence, strip.head / group];
     if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype()) {
         // SAFETY: the caller's.
-        return unsafe { dot_scores(s, t, &strip, &Dots::new(scratch, d)) };
+        return unsafe { dot_scores(s, t, &strip, &Dots::new::<S>(scratch, d)) };
     }
     for start in (0..strip.rows).step_by(CacheRows::TILE) {
         let n = CacheRows::TILE.min(strip.rows - start);
@@ -231,8 +238,8 @@ unsafe fn dot_scores<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
                     row_stride: stride,
                     block_stride: DOT_STEPS * 2,
                     b: dots.b,
-                    c: strip.scores.add((start + i) * DOT_COLUMNS),
-                    c_stride: DOT_COLUMNS,
+                    c: strip.scores.add((start + i) * S::DOT_COLUMNS),
+                    c_stride: S::DOT_COLUMNS,
                     accumulate: false,
                 };
                 s.dots(&mut state, &tile);
@@ -251,7 +258,7 @@ unsafe fn dot_values<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
     unsafe {
         for start in (0..strip.rows).step_by(CacheRows::TILE) {
             let n = CacheRows::TILE.min(strip.rows - start);
-            dots.set_pairs(s, strip.scores.add(start * DOT_COLUMNS), n);
+            dots.set_pairs(s, strip.scores.add(start * S::DOT_COLUMNS), n);
             let v = cache.v_row(strip.sequence, strip.head / group, start);
             transpose_values(s, d, n, v.cast(), cache.row_bytes() / 2, dots.a, dots.square);
             for i in (0..d).step_by(S::DOT_ROWS) {
@@ -262,8 +269,8 @@ unsafe fn dot_values<S: Simd>(s: S, t: &Strips<'_>, strip: &Strip, dots: &Dots) 
                     row_stride: V_STRIDE,
                     block_stride: DOT_STEPS * 2,
                     b: dots.b,
-                    c: strip.o.add(i * DOT_COLUMNS),
-                    c_stride: DOT_COLUMNS,
+                    c: strip.o.add(i * S::DOT_COLUMNS),
+                    c_stride: S::DOT_COLUMNS,
                     accumulate: start > 0,
                 };
                 s.dots(&mut state, &tile);
@@ -283,7 +290,7 @@ pub unsafe fn weighted_values<S: Simd>(s: S, t: &Strips<'_>, item: usize, scratc
     let head = [strip.sequence, strip.head / group];
     if attention_prefill_bf16::applies(S::DOT_ROWS, t.attention.out.dtype, cache.dtype()) {
         // SAFETY: the caller's.
-        return unsafe { dot_values(s, t, &strip, &Dots::new(scratch, d)) };
+        return unsafe { dot_values(s, t, &strip, &Dots::new::<S>(scratch, d)) };
     }
     for start in (0..strip.rows).step_by(CacheRows::TILE) {
         let n = CacheRows::TILE.min(strip.rows - start);

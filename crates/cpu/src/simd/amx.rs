@@ -3,7 +3,7 @@
 use core::arch::asm;
 use std::sync::OnceLock;
 
-use super::{DOT_STEPS, DotState, DotTile, avx512::Dots};
+use super::{DOT_STEPS, DotState, DotTile, dots::Dots};
 
 /// Tiles of 16 × 16 f32, by `tdpbf16ps`. The processor has AMX-TILE, AMX-BF16 and AVX-512 BF16, and the system lets this process use
 /// them ([`is_available`]).

@@ -5,7 +5,10 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::{DOT_STEPS, DotState, DotTile, Simd};
+use super::{
+    DOT_STEPS, DotState, DotTile, Simd,
+    dots::{Dots, Widened},
+};
 
 /// Proves that the processor has AVX-512 F, BW, DQ and VL, all that [`super::avx2::Avx2`] proves, and what `D` multiplies bf16 with.
 #[derive(Clone, Copy, Debug)]
@@ -18,40 +21,6 @@ impl<D: Dots> Avx512<D> {
     #[inline(always)]
     pub unsafe fn new_unchecked() -> Self {
         Avx512(PhantomData)
-    }
-}
-
-/// How 512-bit kernels multiply bf16.
-pub trait Dots: Copy + Send + Sync + 'static {
-    /// [`Simd::DOT_ROWS`].
-    const ROWS: usize;
-    /// [`Simd::dots`].
-    /// # Safety
-    /// As there; the processor has what `Self` asks for.
-    unsafe fn dots(state: &mut DotState, t: &DotTile);
-    /// [`Simd::end_dots`].
-    fn end(state: DotState);
-    /// [`Simd::DOT_PROBE_FLOPS`].
-    const PROBE_FLOPS: usize;
-    /// [`Simd::dot_probe`].
-    /// # Safety
-    /// The processor has what `Self` asks for.
-    unsafe fn probe(rounds: usize) -> f32;
-}
-
-/// As f32.
-#[derive(Clone, Copy, Debug)]
-pub struct Widened;
-
-impl Dots for Widened {
-    const ROWS: usize = 0;
-    unsafe fn dots(_: &mut DotState, _: &DotTile) {
-        unreachable!("no dot products on this instruction set")
-    }
-    fn end(_: DotState) {}
-    const PROBE_FLOPS: usize = 0;
-    unsafe fn probe(_: usize) -> f32 {
-        unreachable!("no dot products on this instruction set")
     }
 }
 

@@ -9,19 +9,22 @@ pub mod amx;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub mod dots;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
 pub mod portable;
 
 use half::{bf16, f16};
 
 /// Steps of k of a block of bf16 dot products.
 pub const DOT_STEPS: usize = 32;
-/// Columns of a tile of bf16 dot products, and of a panel of B.
-pub const DOT_COLUMNS: usize = 32;
 
-/// Operands of a tile of bf16 dot products: C[rows, DOT_COLUMNS] (+)= A[rows, k] · B[k, DOT_COLUMNS], k in blocks of [`DOT_STEPS`].
+/// Operands of a tile of bf16 dot products: C[rows, COLUMNS] (+)= A[rows, k] · B[k, COLUMNS] with two vectors of COLUMNS, k in blocks of
+/// [`DOT_STEPS`].
 ///
 /// A's rows hold the steps of a block side by side. B holds pairs of steps: for each pair, the two elements of every column side by
-/// side, so that a block is [16 pairs, DOT_COLUMNS, 2].
+/// side, so that a block is [16 pairs, COLUMNS, 2].
 #[derive(Clone, Copy)]
 pub struct DotTile {
     /// Rows, 1 to the instruction set's `DOT_ROWS`.
@@ -110,6 +113,7 @@ pub const VALUE_COLUMNS: usize = 48;
 #[derive(Default)]
 pub struct DotState {
     /// Rows that tile registers are configured for.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX has tile registers"))]
     rows: usize,
 }
 
@@ -123,6 +127,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const QUERY_ROWS: usize;
     /// Most rows of a tile of bf16 dot products; 0 where there are none and kernels widen bf16 to f32.
     const DOT_ROWS: usize = 0;
+    /// Columns of a tile of bf16 dot products, and of a panel of B.
+    const DOT_COLUMNS: usize = 2 * Self::LANES;
     /// Operations of a round of [`Simd::dot_probe`].
     const DOT_PROBE_FLOPS: usize = 0;
     /// `LANES` f32.
