@@ -1,7 +1,7 @@
 //! A block file: the JSON up to the first 0 byte, the safetensors file after it, or a good one when there is none.
 #![no_main]
 
-use lawson::{BlockFile, tensor_file::TensorFile};
+use lawson::{BlockFile, Form, tensor_file::TensorFile};
 use libfuzzer_sys::fuzz_target;
 
 /// x [1, 1, 2], four weights of one head of two dimensions, all zero.
@@ -31,7 +31,7 @@ fuzz_target!(|bytes: &[u8]| {
         None => (bytes, good()),
     };
     let Ok(tensors) = TensorFile::from_bytes("fuzz", tensors) else { return };
-    if let Ok(block) = BlockFile::parse(json, &tensors, None, None) {
+    if let Ok(block) = BlockFile::parse(json, &tensors, Form::default()) {
         block.problem().validate().expect("a block that was read is valid");
     }
 });

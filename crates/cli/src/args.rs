@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use clap::Args;
-use lawson::{CacheDType, Context, ContextOptions, DType, Device, Isa, Level, Result, cuda};
+use lawson::{CacheDType, Context, ContextOptions, DType, Device, Isa, Level, Result, WeightKind, cuda};
 
 /// What a problem's line is made of, as help texts show it.
 pub const PROBLEM_HELP: &str = "\
@@ -24,6 +24,7 @@ A problem is the word block and then, each at most once:
                  then ,theta=10000 ,dim=64 and one scaling, such as ,linear:2
   f32 | bf16 | f16
                  compute dtype [default: f32]
+  weights=int8   projections in int8, on a CPU [default: in the compute dtype]
   kv=bf16        dtype of the cache, or kv=int8, kv=int4: quantised, on a CPU
                  [default: the compute dtype]
   page=32 | page=64 | page=128
@@ -109,13 +110,9 @@ pub fn kv_dtype(s: &str) -> Result<Auto<CacheDType>, String> {
     one_of(s).ok_or_else(|| planned(s, &["fp8"], "accepted: auto, f32, bf16, f16, int8, int4"))
 }
 
-/// How weights are held: in the compute dtype, which is all there is yet.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightKind;
-
-/// Reads how weights are held.
-pub fn weights(s: &str) -> Result<WeightKind, String> {
-    if s == "auto" { Ok(WeightKind) } else { Err(planned(s, &["int8"], "accepted: auto")) }
+/// Reads `auto` or how weights are held.
+pub fn weights(s: &str) -> Result<Auto<WeightKind>, String> {
+    one_of(s).ok_or_else(|| "accepted: auto, int8".to_string())
 }
 
 fn one_of<T: std::str::FromStr>(s: &str) -> Option<Auto<T>> {

@@ -3,14 +3,19 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use lawson::{BlockData, BlockProblem, Context, Device, ErrorKind, Isa, Result, compute};
+use lawson::{BlockData, BlockProblem, Context, Device, ErrorKind, Isa, Result, WeightKind, compute, weights_on_gpu};
+use lawson_core::kernel::KernelOp;
 use lawson_testkit::{
     cases,
     conformance::{self, Report},
 };
 use serde_json::json;
 
-use crate::{EXIT_FAILED, args::Global, output, signals};
+use crate::{
+    EXIT_FAILED,
+    args::{self, Auto, Global},
+    output, signals,
+};
 
 const AFTER_HELP: &str = "\
 Every instruction set of this machine is checked, whatever LAWSON_ISA says, and its first GPU,
@@ -27,6 +32,9 @@ pub struct CheckArgs {
     /// Check every kernel, but only a sample of the blocks
     #[arg(long)]
     quick: bool,
+    /// Check only what holds weights so: auto (everything), int8 (on a CPU)
+    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
+    weights: Auto<WeightKind>,
 }
 
 /// Seed of the random cases and of every case's numbers.
@@ -35,6 +43,8 @@ const SEED: u64 = 7;
 const RANDOM: usize = 60;
 /// Random blocks over a quantised cache, on a CPU.
 const QUANTISED: usize = 36;
+/// Random blocks with weights in int8, on a CPU.
+const INT8_WEIGHTS: usize = 36;
 /// Random blocks over a paged cache, on a GPU.
 const PAGED: usize = 48;
 /// One in so many blocks is checked when it must be quick.
@@ -46,10 +56,16 @@ const QUICK_STEP: usize = 12;
 /// `Unavailable` for a device that is missing, `Cancelled`.
 pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     let step = if args.quick { QUICK_STEP } else { 1 };
+    let only = args.weights.0;
+    let int8 = cases::int8_weight_cases(SEED + 3, INT8_WEIGHTS / step);
     let problems: Vec<_> = cases::edge_cases().into_iter().chain(cases::random_cases(SEED, RANDOM)).step_by(step).collect();
     let quantised = cases::quantised_cases(SEED + 2, QUANTISED / step);
     let paged = cases::paged_cases(SEED + 1, PAGED / step);
-    let blocks = |c: &Context| problems.iter().chain(if c.gpu().is_some() { &paged } else { &quantised });
+    let blocks = |c: &Context| {
+        let own = if c.gpu().is_some() { [&paged[..], &[]] } else { [&quantised[..], &int8[..]] };
+        let all = problems.iter().chain(own.into_iter().flatten());
+        all.filter(move |p| only.is_none_or(|kind| p.weights == kind))
+    };
     let mut contexts = Vec::new();
     if !matches!(global.device, Device::Cuda(_)) {
         for isa in Isa::available() {
@@ -58,7 +74,11 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     }
     let mut report = Report::default();
     match global.device {
-        Device::Cuda(_) => contexts.push(global.context()?),
+        Device::Cuda(_) => {
+            weights_on_gpu(only.unwrap_or_default())?;
+            contexts.push(global.context()?);
+        }
+        Device::Auto if only.is_some() => {}
         Device::Auto => match (Global { device: Device::Cuda(0), ..*global }).context() {
             Ok(context) => contexts.push(context),
             Err(e) if e.kind() == ErrorKind::Unavailable => report.could_not_run.push(e.to_string()),
@@ -67,7 +87,11 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
         _ => {}
     }
     // A GPU's kernels run inside blocks.
-    let kernels = |c: &Context| if c.gpu().is_some() { Vec::new() } else { c.backend().kernels() };
+    let kernels = |c: &Context| {
+        let mut kernels = if c.gpu().is_some() { Vec::new() } else { c.backend().kernels() };
+        kernels.retain(|k| only.is_none() || k.op == KernelOp::GemmInt8);
+        kernels
+    };
     let count: usize = contexts.iter().map(|c| kernels(c).len() + blocks(c).count()).sum();
     let bar = output::progress(count, "checking", global);
 

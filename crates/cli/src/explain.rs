@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use lawson::{BlockPlan, BlockProblem, Level, Result};
+use lawson::{BlockPlan, BlockProblem, Level, Result, WeightKind};
 use lawson_core::plan::{Buffer, Op, Operand};
 use serde_json::{Value, json};
 
@@ -15,7 +15,8 @@ use crate::{
 const AFTER_HELP: &str = "\
 Examples:
   lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
-  lawson explain 'block b=8 s=1 past=4096 e=4096 h=32' --fusion maximal --json";
+  lawson explain 'block b=8 s=1 past=4096 e=4096 h=32' --fusion maximal --json
+  lawson explain 'block b=1 s=1 past=4096 e=4096 h=32/8 bf16' --weights int8";
 
 /// Show how a problem would be computed, step by step, and why
 #[derive(Args, Debug)]
@@ -27,6 +28,9 @@ pub struct ExplainArgs {
     /// Level of fusion: auto (the planner's choice, with a table of all levels), unfused, minimal, moderate, maximal
     #[arg(long, value_name = "LEVEL", default_value = "auto", value_parser = args::level)]
     fusion: Auto<Level>,
+    /// How the projections' weights are held: auto (as the problem says), int8 (on a CPU)
+    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
+    weights: Auto<WeightKind>,
 }
 
 /// Runs the command.
@@ -35,6 +39,7 @@ pub struct ExplainArgs {
 /// `InvalidInput` when the problem is not valid.
 pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
     let problem: BlockProblem = args.problem.join(" ").parse()?;
+    let problem = BlockProblem { weights: args.weights.0.unwrap_or(problem.weights), ..problem };
     problem.validate()?;
     let context = global.context()?;
     let plan = context.plan(&problem, args.fusion.0)?;
@@ -45,7 +50,7 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
     };
     if global.json {
         let levels: Vec<_> = compared.iter().map(|plan| totals(plan)).collect();
-        let mut value = json!({"problem": problem.to_string(), "plan": plan_json(&plan)});
+        let mut value = json!({"problem": problem.to_string(), "plan": plan_json(&plan), "weight_bytes": weight_bytes(&problem)});
         if !levels.is_empty() {
             value["levels"] = json!(levels);
         }
@@ -57,6 +62,7 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
         text += &format!("{problem}\nplanned with past lengths rounded up, so that one plan serves a growing cache:\n");
     }
     text += &lawson::explain(&plan);
+    text += &format!("\nweights of the projections: {}\n", output::bytes(weight_bytes(&problem) as usize));
     if !compared.is_empty() {
         let head = vec!["level", "predicted time", "memory", "traffic", "steps", "GEMMs", "launches"];
         let rows = compared.iter().map(|p| {
@@ -70,6 +76,12 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
     }
     output::print(text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Bytes of the projections' weights, without what their layout is padded with.
+fn weight_bytes(problem: &BlockProblem) -> f64 {
+    let (a, e, size) = (&problem.spec.attention, problem.spec.hidden_size, problem.dtype.size());
+    problem.weights.bytes(a.qkv_dim(), e, size) + problem.weights.bytes(e, a.q_dim(), size)
 }
 
 fn totals(plan: &BlockPlan) -> Value {
@@ -112,7 +124,7 @@ fn plan_json(plan: &BlockPlan) -> Value {
         json!({"row_block": stage.row_block, "steps": steps})
     });
     let stages: Vec<Value> = stages.collect();
-    let buffer = |b: &Buffer| json!({"name": b.name.name(), "dtype": b.dtype.name(), "bytes": b.bytes, "offset": b.offset});
+    let buffer = |b: &Buffer| json!({"name": b.name.name(), "dtype": b.elements(), "bytes": b.bytes, "offset": b.offset});
     let buffers: Vec<_> = plan.buffers.iter().map(buffer).collect();
     let rejected: Vec<_> = plan.rejected.iter().map(|r| json!({"what": r.what, "why": r.why})).collect();
     let mut value = totals(plan);

@@ -8,6 +8,7 @@ mod check;
 mod devices;
 mod explain;
 mod output;
+mod quantise;
 mod report;
 mod run;
 mod signals;
@@ -29,7 +30,8 @@ Examples:
   lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
 
 Exit codes: 0 done; 1 the machine or a verification failed; 2 bad usage or bad input; 130 interrupted.
-The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx512, avx512_bf16, amx, neon or neon_bf16.";
+The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx2_vnni, avx512, avx512_vnni,
+avx512_bf16, amx, neon or neon_bf16.";
 
 /// Computes, measures and explains the attention block of transformers at four levels of fusion.
 #[derive(Parser)]
@@ -43,10 +45,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     Run(Box<run::RunArgs>),
     Explain(explain::ExplainArgs),
     Devices(devices::DevicesArgs),
+    Quantise(quantise::QuantiseArgs),
     Check(check::CheckArgs),
     /// What `bench` runs in a child process
     #[command(name = bench::peak::COMMAND, hide = true)]
@@ -79,6 +82,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Run(args) => run::execute(args, global),
         Command::Explain(args) => explain::execute(args, global),
         Command::Devices(args) => devices::execute(args, global),
+        Command::Quantise(args) => quantise::execute(args, global),
         Command::Check(args) => check::execute(args, global),
         Command::MeasurePeak(args) => bench::peak::execute(args, global),
     }

@@ -9,8 +9,8 @@ use std::{
 
 use clap::{ArgGroup, Args};
 use lawson::{
-    BlockData, BlockFile, BlockPlan, BlockProblem, CacheDType, Checkpoint, Context, DType, Error, ErrorKind, Level, PreparedCall,
-    Result, Tensor,
+    BlockData, BlockFile, BlockPlan, BlockProblem, CacheDType, Checkpoint, Context, DType, Error, ErrorKind, Form, Level,
+    PreparedCall, Result, Tensor, WeightKind,
     block_file::{write_block_file, write_output},
     machine,
     tensor_file::TensorFile,
@@ -19,7 +19,7 @@ use lawson_testkit::inputs::{Sharpness, data_for};
 use serde_json::{Value, json};
 
 use crate::{
-    args::{self, Auto, Global, WeightKind},
+    args::{self, Auto, Global},
     output, signals,
 };
 
@@ -86,9 +86,10 @@ pub struct RunArgs {
     /// quantised, on a CPU
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::kv_dtype)]
     kv_dtype: Auto<CacheDType>,
-    /// How weights are held: auto (in the compute dtype), which is all there is yet
-    #[arg(long, hide = true, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
-    weights: WeightKind,
+    /// How the projections' weights are held: auto (as the checkpoint or the problem says, else in the compute dtype); int8: quantised for each output,
+    /// activations for each token, on a CPU
+    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = args::weights)]
+    weights: Auto<WeightKind>,
 }
 
 /// Runs the command.
@@ -224,18 +225,20 @@ fn read(args: &RunArgs) -> Result<BlockFile> {
     let (dtype, kv_dtype) = (args.dtype.0, args.kv_dtype.0);
     let tensors = given("--tensors", &args.tensors)?;
     if let Some(block) = &args.block {
-        return BlockFile::open(block, tensors, dtype, kv_dtype);
+        return BlockFile::open(block, tensors, Form { dtype, kv_dtype, weights: args.weights.0.unwrap_or_default() });
     }
     let checkpoint = Checkpoint::open(given("--checkpoint", &args.checkpoint)?)?;
     let layer = *given("--layer", &args.layer)?;
     let (spec, weights) = (checkpoint.block_spec(layer, args.with_norm)?, checkpoint.weights(layer, args.with_norm)?);
-    BlockFile::with_weights(spec, &weights.as_ref(), &TensorFile::open(tensors)?, dtype, kv_dtype)
+    let form = Form { dtype, kv_dtype, weights: args.weights.0.unwrap_or(checkpoint.weight_kind()) };
+    BlockFile::with_weights(spec, &weights.as_ref(), &TensorFile::open(tensors)?, form)
 }
 
 /// The problem, in the dtypes that are asked for, with random numbers.
 fn make(args: &RunArgs, problem: &BlockProblem) -> Result<(BlockProblem, BlockData)> {
     let (dtype, kv_dtype) = (args.dtype.0.unwrap_or(problem.dtype), args.kv_dtype.0.unwrap_or(problem.kv_dtype));
-    let problem = BlockProblem { dtype, kv_dtype, ..problem.clone() };
+    let weights = args.weights.0.unwrap_or(problem.weights);
+    let problem = BlockProblem { dtype, weights, kv_dtype, ..problem.clone() };
     let new = problem.batch.new_tokens();
     if let (Some(rows), Some(_)) = (problem.page_size, &args.write) {
         let text = format!("--write: a block file has no pages, and its cache is contiguous: leave page={rows} away");

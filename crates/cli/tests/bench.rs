@@ -274,11 +274,11 @@ fn flags_and_levels_that_mean_nothing_to_a_study_are_refused() {
     };
     for (study, unused) in [
         ("softmax", &["--hidden", "--kv-heads", "--head-dim", "--dtype", "--causal", "--memory", "--neighbours"][..]),
-        ("rope", &["--kv-heads", "--dtype", "--causal", "--memory", "--neighbours"]),
+        ("rope", &["--kv-heads", "--weights", "--dtype", "--causal", "--memory", "--neighbours"]),
         ("qkv", &["--past", "--causal", "--memory", "--neighbours"]),
-        ("attention", &["--memory", "--neighbours"]),
-        ("decode", &["--memory", "--neighbours"]),
-        ("block", &["--memory", "--neighbours"]),
+        ("attention", &["--memory", "--neighbours", "--weights"]),
+        ("decode", &["--memory", "--neighbours", "--weights"]),
+        ("block", &["--memory", "--neighbours", "--checkpoint", "--tokens"]),
         ("throughput", &["--neighbours"]),
         ("kernels", &["--memory"]),
         ("all", &["--neighbours"]),
@@ -287,6 +287,7 @@ fn flags_and_levels_that_mean_nothing_to_a_study_are_refused() {
             let value = match *flag {
                 "--dtype" => "bf16",
                 "--causal" => "false",
+                "--weights" => "int8",
                 _ => "64",
             };
             let study_name = format!("the study {study}");
@@ -307,6 +308,56 @@ fn flags_and_levels_that_mean_nothing_to_a_study_are_refused() {
     ] {
         refuse(&[study, "--levels", lacks], &["--levels", lacks, study, has]);
         refuse(&[study, "--levels", &format!("{lacks},unfused,maximal")], &["--levels", study, has]);
+    }
+}
+
+#[test]
+fn weights_in_int8_are_measured_and_verified() {
+    let out = folder("bench-int8");
+    for study in ["qkv", "block"] {
+        bench(&[&[study, "--weights", "int8", "--dtype", "bf16", "--device", "cpu"], &TINY[..]].concat(), &out);
+        let results = results(&out);
+        assert!(results["machine"]["int8_peak_gops"].as_f64().is_some_and(|v| v > 0.0), "{results}");
+        for row in rows(&results) {
+            assert!(row["weights"] == "int8" && row["median_ms"].as_f64().is_some_and(|v| v > 0.0), "{row}");
+            // Codes are off by more than bf16 and less than a hundredth or two.
+            assert!(row["rel_err"].as_f64().is_some_and(|e| e > 4e-3 && e < 0.04), "{row}");
+        }
+    }
+}
+
+#[test]
+fn quality_compares_forms_of_a_trained_model() {
+    let out = folder("bench-quality");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lawson/tests/data/tiny-rust-llama");
+    let tokens = out.join("tokens.u16");
+    let all = fs::read(model.join("valid.u16")).expect("the text");
+    fs::write(&tokens, &all[..2 * 513]).expect("a window of it");
+    let (model, tokens) = (model.display().to_string(), tokens.display().to_string());
+    let output = bench(&["quality", "--checkpoint", &model, "--tokens", &tokens, "--device", "cpu"], &out);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("mean loss") && said.contains("int8 weights, int8 cache") && said.contains("worst layer"), "{said}");
+    let results = results(&out);
+    let rows = rows(&results);
+    assert_eq!(rows.len(), 6);
+    for (i, row) in rows.into_iter().enumerate() {
+        assert!(row["study"] == "quality" && row["mean_loss"].as_f64().is_some_and(|v| v > 0.5 && v < 4.0), "{row}");
+        assert!(row["loss_change"].as_f64().is_some_and(|v| v.abs() < 0.03 && (v == 0.0) == (i == 0)), "{row}");
+        assert_eq!(row["layer_errors"].as_array().map(Vec::len), Some(6), "{row}");
+    }
+    let page = fs::read_to_string(out.join("index.html")).expect("a report");
+    assert!(page.contains("Quality: what quantisation costs") && page.contains("Error of each layer"), "the page has no quality");
+    let fresh = out.join("report");
+    for (args, parts) in [
+        (&["quality"][..], &["--checkpoint DIR"][..]),
+        (&["quality", "--checkpoint", &model], &["--tokens FILE"]),
+        (&["quality", "--checkpoint", "nowhere", "--tokens", &tokens], &["nowhere", "config.json"]),
+        (&["quality", "--checkpoint", &model, "--tokens", "nowhere"], &["--tokens nowhere"]),
+        (&["quality", "--seq", "8"], &["--seq", "the study quality", "--checkpoint, --tokens"]),
+    ] {
+        let output = lawson().arg("bench").args(args).args(["--device", "cpu", "--out"]).arg(&fresh).output().expect("it starts");
+        is_refusal(&output, parts);
+        assert!(!fresh.exists(), "{args:?} left a folder");
     }
 }
 

@@ -11,7 +11,7 @@ fn version_names_commit_and_instruction_set() {
     let said = stdout(&["--version"]);
     assert!(said.starts_with(&format!("lawson {} (commit ", env!("CARGO_PKG_VERSION"))), "{said}");
     assert!(
-        ["portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
+        ["portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx", "neon", "neon_bf16"]
             .iter()
             .any(|isa| said.trim_end().ends_with(&format!("{isa})"))),
         "{said}"
@@ -21,7 +21,7 @@ fn version_names_commit_and_instruction_set() {
 #[test]
 fn help_shows_examples() {
     assert!(stdout(&["--help"]).contains("LAWSON_ISA"));
-    for command in ["run", "explain", "devices", "check"] {
+    for command in ["run", "explain", "devices", "quantise", "check"] {
         let said = stdout(&[command, "--help"]);
         assert!(said.contains(&format!("lawson {command} ")) && said.contains("--device") && said.contains("Example"), "{said}");
     }
@@ -34,7 +34,8 @@ fn help_shows_examples() {
 fn an_unknown_instruction_set_is_refused() {
     for args in [&["explain", PROBLEM][..], &["devices"], &["check", "--quick"], &["bench"]] {
         let output = lawson().args(args).env("LAWSON_ISA", "mmx").output().expect("the program starts");
-        is_refusal(&output, &["LAWSON_ISA", "'mmx'", "portable, avx2, avx512, avx512_bf16, amx, neon, neon_bf16"]);
+        let all = "portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx, neon, neon_bf16";
+        is_refusal(&output, &["LAWSON_ISA", "'mmx'", all]);
     }
     let output = lawson().args(["explain", PROBLEM]).env("LAWSON_ISA", "portable").output().expect("the program starts");
     assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("-portable"));
@@ -130,7 +131,7 @@ fn wrong_problems_are_refused() {
     refused(&["explain", "block b=1 s=4 e=8 h=3/2 d=4 causal f32"], &["num_attention_heads (3)"]);
     refused(&["explain", PROBLEM, "--fusion", "full"], &["--fusion", "'full'", "auto, unfused"]);
     refused(&["explain", "block b=1 s=4 e=18446744073709551615 h=1/1 d=4 causal f32"], &["hidden_size"]);
-    refused(&["explode"], &["explode", "bench, run, explain, devices, check"]);
+    refused(&["explode"], &["explode", "bench, run, explain, devices, quantise, check"]);
     let with = |tokens: &str| format!("block b=1 s=4 e=64 h=4 d=16 {tokens}");
     refused(&["explain", "block b=1 s=-4 e=64 h=4"], &["'s=-4'", "whole numbers, 0 or greater"]);
     refused(&["explain", &with("rope=half:theta")], &["'half:theta'", "rope=half,theta=500000"]);
@@ -194,6 +195,23 @@ fn a_quick_check_passes() {
     let names = |key: &str| said[key].as_array().map_or(String::new(), |a| format!("{a:?}"));
     assert!(names("ran_on").contains("cuda:0") || names("could_not_run").contains("cuda:0"), "{said}");
     refused(&["check", "--device", "cuda:99"], &["cuda:99"]);
+    let only = json(&["check", "--quick", "--weights", "int8"]);
+    assert!(only["passed"] == true && only["ran"].as_u64() < said["ran"].as_u64(), "{only}");
+    refused(&["check", "--weights", "int8", "--device", "cuda"], &["weights of int8", "GPU"]);
+}
+
+#[test]
+fn explain_knows_weights_in_int8() {
+    let [plain, int8] = [&[][..], &["--weights", "int8"]]
+        .map(|more| json(&[&["explain", PROBLEM, "--device", "cpu", "--fusion", "maximal"], more].concat()));
+    assert!(int8["problem"].as_str().is_some_and(|p| p.contains("weights=int8")), "{int8}");
+    // Scales take 4 bytes of an output's 64 + 4.
+    assert!(int8["weight_bytes"].as_f64() <= plain["weight_bytes"].as_f64().map(|b| 0.54 * b), "{int8}");
+    let kernels = int8["plan"]["stages"][0]["steps"].to_string();
+    assert!(kernels.contains("gemm_int8-") && !plain["plan"]["stages"].to_string().contains("gemm_int8"), "{kernels}");
+    let said = stdout(&["explain", &format!("{PROBLEM} weights=int8"), "--device", "cpu"]);
+    assert!(said.contains("codes of x") && said.contains("weights of the projections"), "{said}");
+    refused(&["explain", PROBLEM, "--weights", "int4"], &["'int4'", "accepted: auto, int8"]);
 }
 
 #[cfg(unix)]

@@ -226,6 +226,55 @@ fn a_quantised_cache_comes_back_in_f32() {
 }
 
 #[test]
+fn weights_in_int8_come_from_a_flag_a_line_or_a_quantised_checkpoint() {
+    let dir = folder("int8-weights");
+    let (model, quantised) = (data("tiny-rust-llama"), dir.join("int8"));
+    let said = json(&line!["quantise", &model, &quantised]);
+    assert_eq!((&said["layers"], &said["matrices"]), (&6.into(), &24.into()), "{said}");
+    assert!(said["bytes_after"].as_f64() <= said["bytes_before"].as_f64().map(|b| 0.52 * b), "{said}");
+    let before = fs::read(quantised.join("model.safetensors")).expect("the model");
+    refused(&line!["quantise", &model, &quantised], &["int8", "not empty"]);
+    refused(&line!["quantise", &quantised, dir.join("again")], &["int8 already"]);
+    refused(&line!["quantise", dir.join("nothing"), dir.join("again")], &["config.json"]);
+    assert!(!dir.join("again").exists() && fs::read(quantised.join("model.safetensors")).expect("the model") == before);
+
+    let input = dir.join("x.safetensors");
+    write_tensors(
+        &input,
+        &one_tensor("x", &[1, 9, 256], (0..9 * 256).map(|i| ((i * i % 1009) as f32 - 500.0) / 100.0).collect()),
+    );
+    let run = |checkpoint: &Path, more: &[&str]| {
+        let out = dir.join("out.safetensors");
+        let args = line!["run", "--checkpoint", checkpoint, "--layer", "3", "--tensors", &input, "--out", &out, "--with-norm"];
+        let said = json(&args.into_iter().chain(more.iter().map(OsString::from)).collect::<Vec<_>>());
+        (said["problem"].as_str().expect("a line").to_owned(), fs::read(&out).expect("an output"))
+    };
+    let cpu = ["--device", "cpu"];
+    for dtype in ["f32", "bf16"] {
+        let more = |own: &[&'static str]| [&cpu[..], &["--dtype", dtype], own].concat();
+        let (problem, want) = run(&model, &more(&["--weights", "int8"]));
+        assert!(problem.contains(" weights=int8"), "{problem}");
+        assert!(run(&quantised, &more(&[])) == (problem, want.clone()), "{dtype}");
+        assert!(run(&model, &more(&[])).1 != want);
+    }
+    // In the problem's line and as a flag.
+    let out = dir.join("y.safetensors");
+    let line = |line: &str, more: &[&str]| {
+        let args = line!["run", "--problem", line, "--out", &out, "--device", "cpu"];
+        let said = json(&args.into_iter().chain(more.iter().map(OsString::from)).collect::<Vec<_>>());
+        (said["problem"].clone(), fs::read(&out).expect("an output"))
+    };
+    let of_line = line(&format!("{PROBLEM} weights=int8"), &[]);
+    assert!(line(PROBLEM, &["--weights", "int8"]) == of_line && line(PROBLEM, &[]) != of_line);
+    // What was written with random numbers is read back to the same codes.
+    let case = dir.join("case");
+    stdout(&line!["run", "--problem", PROBLEM, "--weights", "int8", "--write", &case]);
+    let (block, tensors) = (case.join("block.json"), case.join("in.safetensors"));
+    stdout(&line!["run", "--block", &block, "--tensors", &tensors, "--weights", "int8", "--device", "cpu", "--out", &out]);
+    assert!(fs::read(&out).expect("an output") == of_line.1);
+}
+
+#[test]
 fn dtypes_are_as_asked() {
     let dir = folder("dtypes");
     let (case, out) = (dir.join("case"), dir.join("out.safetensors"));
@@ -462,7 +511,7 @@ fn wrong_flags_are_named() {
         (&["--dtype", "f64"], &["--dtype", "'f64'", "auto, f32, bf16, f16"]),
         (&["--kv-dtype", "fp8"], &["--kv-dtype", "'fp8'", "not available in this version", "auto, f32, bf16, f16, int8, int4"]),
         (&["--kv-dtype", "f8"], &["'f8'", "accepted: auto, f32, bf16, f16, int8, int4"]),
-        (&["--weights", "int8"], &["--weights", "'int8'", "not available in this version", "accepted: auto"]),
+        (&["--weights", "int4"], &["--weights", "'int4'", "accepted: auto, int8"]),
         (&["--device", "tpu"], &["--device", "'tpu'", "auto, cpu, cuda"]),
         (&["--device", "cuda:99"], &["cuda:99"]),
         (&["--threads", "0"], &["threads", "0"]),

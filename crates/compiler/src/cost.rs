@@ -19,7 +19,11 @@ const PRODUCT_EFFICIENCY: f64 = 0.75;
 impl Cost {
     /// Predicted seconds on `machine` with products of `dtype`.
     pub fn seconds(&self, machine: &MachineProfile, dtype: DType) -> f64 {
-        let peak = if dtype == DType::BF16 { machine.bf16_peak_flops } else { machine.peak_flops };
+        self.seconds_at(machine, if dtype == DType::BF16 { machine.bf16_peak_flops } else { machine.peak_flops })
+    }
+
+    /// Predicted seconds on `machine` with products at most at `peak` operations a second.
+    pub fn seconds_at(&self, machine: &MachineProfile, peak: f64) -> f64 {
         let compute = self.flops / (peak * PRODUCT_EFFICIENCY);
         compute.max(self.bytes / machine.bandwidth) + self.launches as f64 * machine.launch_seconds
     }

@@ -90,7 +90,7 @@ pub fn explain(plan: &BlockPlan) -> String {
     line("\nworkspace:".into());
     for b in &plan.buffers {
         let (size, offset) = (bytes(b.bytes as f64), bytes(b.offset as f64));
-        line(format!("     {:<12} {:<5} {size:>10} at {offset}", b.name.name(), b.dtype));
+        line(format!("     {:<12} {:<5} {size:>10} at {offset}", b.name.name(), b.elements()));
     }
     line(format!("     {:<12} {:<5} {:>10} for each thread", "scratch", "", bytes(plan.scratch_bytes as f64)));
     if !plan.rejected.is_empty() {

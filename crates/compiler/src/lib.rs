@@ -7,4 +7,4 @@ mod plan;
 
 pub use cost::Cost;
 pub use explain::explain;
-pub use plan::{Planner, Scratch, attention_tiles};
+pub use plan::{Planner, Scratch, attention_tiles, weights_on_gpu};

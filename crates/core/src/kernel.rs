@@ -16,6 +16,8 @@ use crate::{
 pub enum KernelOp {
     /// x · Wᵀ with packed W, prologue and epilogue.
     Gemm,
+    /// x · Wᵀ with W in int8, x quantised row by row.
+    GemmInt8,
     /// RMSNorm of rows.
     Norm,
     /// Rotary embedding of rows.
@@ -33,6 +35,7 @@ impl KernelOp {
     pub const fn name(self) -> &'static str {
         match self {
             KernelOp::Gemm => "gemm",
+            KernelOp::GemmInt8 => "gemm_int8",
             KernelOp::Norm => "norm",
             KernelOp::Rope => "rope",
             KernelOp::Softmax => "softmax",
@@ -95,6 +98,8 @@ pub struct MachineProfile {
     pub peak_flops: f64,
     /// Floating-point operations per second of all threads on bf16.
     pub bf16_peak_flops: f64,
+    /// Operations per second of all threads on int8.
+    pub int8_peak_flops: f64,
     /// Bytes per second read from memory by all threads.
     pub bandwidth: f64,
     /// Seconds to start and join a parallel step.
@@ -121,6 +126,21 @@ pub enum KernelCase {
         bias: Option<Vec<f32>>,
         /// Dtype that W is packed in.
         weight_dtype: DType,
+    },
+    /// x `[m, k]` · Wᵀ in int8, W `[n, k]`, plus bias `[n]`: gives `[m, n]`, the same on every instruction set.
+    GemmInt8 {
+        /// Rows of x.
+        m: usize,
+        /// Rows of W.
+        n: usize,
+        /// Columns of both.
+        k: usize,
+        /// [m, k].
+        x: Vec<f32>,
+        /// [n, k].
+        w: Vec<f32>,
+        /// `[n]`.
+        bias: Option<Vec<f32>>,
     },
     /// Rows of `width` divided by their root mean square, times `weight`.
     Norm {

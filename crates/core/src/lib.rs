@@ -8,6 +8,7 @@ pub mod compare;
 pub mod data;
 mod dtype;
 mod error;
+pub mod int8;
 pub mod kernel;
 pub mod oracle;
 pub mod plan;
@@ -18,5 +19,6 @@ mod view;
 
 pub use dtype::{DType, round_to};
 pub use error::{Error, ErrorKind, Result};
+pub use int8::WeightKind;
 pub use quantised::CacheDType;
 pub use view::{DeviceElements, DeviceElementsMut, Storage, StorageMut, TensorMut, TensorRef};

@@ -178,6 +178,8 @@ pub enum BufferName {
     H,
     /// x packed for a GEMM.
     Packed,
+    /// x in int8 with its scales, packed for a GEMM.
+    Codes,
     /// New queries, [T, H·D].
     Q,
     /// New keys, [T, G·D].
@@ -218,6 +220,7 @@ impl BufferName {
         match self {
             BufferName::H => "h",
             BufferName::Packed => "packed x",
+            BufferName::Codes => "codes of x",
             BufferName::Q => "q",
             BufferName::K => "k",
             BufferName::V => "v",
@@ -249,6 +252,13 @@ pub struct Buffer {
     pub bytes: usize,
     /// Where it starts in the workspace; buffers that never live together may overlap.
     pub offset: usize,
+}
+
+impl Buffer {
+    /// What its elements are, as tables show it.
+    pub fn elements(&self) -> &'static str {
+        if self.name == BufferName::Codes { "int8" } else { self.dtype.name() }
+    }
 }
 
 /// What a step reads or writes.

@@ -1,7 +1,7 @@
 //! Problems print as lines that parse back to the same problem, and no line makes the parser panic.
 
 use lawson_core::{
-    CacheDType, DType, ErrorKind,
+    CacheDType, DType, ErrorKind, WeightKind,
     problem::{
         AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout,
         RopeScaling, RopeSpec, Yarn,
@@ -83,7 +83,8 @@ fn block() -> impl Strategy<Value = BlockProblem> {
     let norms = (option::of(number(0.0..1e-3)), option::of(number(0.0..1e-3)));
     let spec = attention().prop_flat_map(|a| (option::of(rope(a.head_dim)), Just(a)));
     let cache = (select(CacheDType::ALL.to_vec()), option::of(select(PAGE_SIZES.to_vec())));
-    (spec, 1usize..999, norms, any::<bool>(), biases, batch(), mask(), (dtype(), cache)).prop_map(
+    let held = (dtype(), select(vec![WeightKind::Compute, WeightKind::Int8]), cache);
+    (spec, 1usize..999, norms, any::<bool>(), biases, batch(), mask(), held).prop_map(
         |(
             (rope, attention),
             hidden_size,
@@ -92,13 +93,14 @@ fn block() -> impl Strategy<Value = BlockProblem> {
             biases,
             batch,
             mask,
-            (dtype, (kv_dtype, page_size)),
+            (dtype, weights, (kv_dtype, page_size)),
         )| {
             BlockProblem {
                 spec: BlockSpec { hidden_size, attention, qk_norm, input_norm, residual, rope, biases },
                 batch,
                 mask,
                 dtype,
+                weights,
                 kv_dtype,
                 page_size,
             }

@@ -17,6 +17,7 @@ use crate::{
         attention_decode, attention_prefill,
         codes::{Cache, CodeRows},
         gemm::{self, Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
+        gemm_int8::{self, QuantiseX},
         rope,
         rows::{CacheRows, Place, Rows},
         scores,
@@ -66,7 +67,13 @@ impl Cpu {
     /// Bytes of scratch of every other step.
     pub fn other_scratch(&self, problem: &BlockProblem) -> usize {
         let d = problem.spec.attention.head_dim;
-        4 * scores::scratch_len(d, self.kernels.lanes).max(problem.spec.hidden_size)
+        let width = problem.spec.hidden_size.max(problem.spec.attention.q_dim());
+        4 * scores::scratch_len(d, self.kernels.lanes).max(width)
+    }
+
+    /// Bytes of `rows` tokens of `width` columns in int8, packed for a GEMM.
+    pub fn codes_bytes(&self, rows: usize, width: usize) -> usize {
+        gemm_int8::packed_bytes(rows, width, self.kernels.int8_steps)
     }
 
     /// Attention of user tensors, whole in one call: tiles, parts and merge.
@@ -123,6 +130,7 @@ impl Backend for Cpu {
             KernelCase::Gemm { m, n, k, x, w, bias, weight_dtype } => {
                 self.run_gemm(*m, *n, *k, x, w, bias.as_deref(), *weight_dtype)
             }
+            KernelCase::GemmInt8 { m, n, k, x, w, bias } => self.run_gemm_int8([*m, *n, *k], x, w, bias.as_deref()),
             KernelCase::Norm { width, x, weight, eps } => {
                 if *width == 0 || weight.len() != *width || !x.len().is_multiple_of(*width) {
                     return Err(Error::invalid("a norm case whose lengths do not fit its width"));
@@ -300,6 +308,32 @@ impl Cpu {
         unsafe {
             (0..m.div_ceil(self.kernels.group_rows(pairs))).for_each(|g| (self.kernels.pack_x)(&pack, g));
             (0..gemm.items()).for_each(|i| (self.kernels.gemm)(&gemm, i, scratch.as_mut_ptr()));
+        }
+        Ok(out)
+    }
+
+    fn run_gemm_int8(&self, [m, n, k]: [usize; 3], x: &[f32], w: &[f32], bias: Option<&[f32]>) -> Result<Vec<f32>> {
+        if m.checked_mul(k) != Some(x.len()) || x.is_empty() || bias.is_some_and(|b| b.len() != n) {
+            return Err(Error::invalid("a GEMM case whose lengths do not fit its shape"));
+        }
+        let tensor = lawson_core::TensorRef::new(w, &[n, k])?;
+        let columns = tile_columns(1, n, self.kernels.panel());
+        let packed_w = PackedMatrix::int8(&tensor, columns, &self.kernels, &self.threads)?;
+        let (packed, mut out) = (AlignedBytes::new(self.codes_bytes(m, k))?, vec![f32::NAN; m * n]);
+        let row_tile = 2 * self.kernels.mr;
+        let mut scratch = vec![0f32; gemm::scratch_len(row_tile, columns, self.kernels.panel()).max(k)];
+        let x = rows(x, k);
+        let quantise = QuantiseX { x, first: 0, rows: m, k, norm: None, dtype: DType::F32, packed: packed.as_ptr() };
+        let to = Rows { start: out.as_mut_ptr().cast(), dtype: DType::F32, stride: n };
+        let epilogue = Epilogue::Store { to, residual: None };
+        let segments = [Segment { weights: packed_w.weights(), bias: bias.map(<[f32]>::as_ptr), epilogue }];
+        let gemm = Gemm { packed: packed.as_ptr().cast(), first: 0, rows: m, row_tile, segments: &segments };
+        // SAFETY: x, the packed x, the weights and out have the shapes given; items run one after another. All ones are NaN as scales: what is not
+        // written shows.
+        unsafe {
+            packed.as_ptr().write_bytes(0xff, packed.len());
+            (0..m.div_ceil(self.kernels.mr)).for_each(|g| (self.kernels.quantise_x)(&quantise, g, scratch.as_mut_ptr()));
+            (0..gemm.items()).for_each(|i| (self.kernels.gemm_int8)(&gemm, i, scratch.as_mut_ptr()));
         }
         Ok(out)
     }

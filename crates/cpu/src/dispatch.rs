@@ -15,6 +15,7 @@ use crate::{
         attention_decode, attention_prefill,
         codes::{self, QuantiseKeys},
         gemm::{self, Gemm, Heads, PackX},
+        gemm_int8::{self, QuantiseX},
         norm, rope,
         rows::{self, Place, Rows},
         scores::{self, Strips},
@@ -41,6 +42,12 @@ macro_rules! kernels {
             pub dot_rows: usize,
             /// Operations of a round of the probe of dot products; 0 where there are none.
             pub dot_probe_flops: usize,
+            /// Steps of k whose int8 products are added at once.
+            pub int8_steps: usize,
+            /// What is added to the codes of weights in memory.
+            pub int8_shift: i32,
+            /// Operations of a round of the probe of int8 products.
+            pub int8_probe_ops: usize,
             $($(#[$doc])* pub $name: unsafe fn($($t),*) $(-> $ret)?,)*
             _private: PhantomData<()>,
         }
@@ -61,7 +68,7 @@ macro_rules! kernels {
             $(#[target_feature(enable = "avx2,fma,f16c")]
             pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
                 // SAFETY: the caller's; the features enabled here are those the token proves.
-                unsafe { $body(Avx2::new_unchecked(), $($arg),*) }
+                unsafe { $body(<Avx2>::new_unchecked(), $($arg),*) }
             })*
         }
 
@@ -95,30 +102,38 @@ macro_rules! kernels {
                 }
                 Some(match isa {
                     Isa::Portable => Kernels {
-                        isa, lanes: Portable::LANES, mr: Portable::MR, query_rows: Portable::QUERY_ROWS, dot_rows: 0, dot_probe_flops: 0, $($name: portable::$name,)* _private: PhantomData,
+                        isa, lanes: Portable::LANES, mr: Portable::MR, query_rows: Portable::QUERY_ROWS, dot_rows: 0, dot_probe_flops: 0,
+                        int8_steps: Portable::INT8_STEPS, int8_shift: Portable::INT8_SHIFT, int8_probe_ops: Portable::INT8_PROBE_OPS,
+                        $($name: portable::$name,)* _private: PhantomData,
                     },
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => Kernels {
+                    Isa::Avx2 | Isa::Avx2Vnni => with_vnni(Kernels {
                         isa,
-                        lanes: crate::simd::avx2::Avx2::LANES,
-                        mr: crate::simd::avx2::Avx2::MR,
-                        query_rows: crate::simd::avx2::Avx2::QUERY_ROWS,
+                        lanes: <crate::simd::avx2::Avx2>::LANES,
+                        mr: <crate::simd::avx2::Avx2>::MR,
+                        query_rows: <crate::simd::avx2::Avx2>::QUERY_ROWS,
                         dot_rows: 0,
                         dot_probe_flops: 0,
+                        int8_steps: <crate::simd::avx2::Avx2>::INT8_STEPS,
+                        int8_shift: <crate::simd::avx2::Avx2>::INT8_SHIFT,
+                        int8_probe_ops: <crate::simd::avx2::Avx2>::INT8_PROBE_OPS,
                         $($name: avx2::$name,)*
                         _private: PhantomData,
-                    },
+                    }),
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => with_dots(Kernels {
+                    Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => with_vnni(with_dots(Kernels {
                         isa,
                         lanes: <crate::simd::avx512::Avx512>::LANES,
                         mr: <crate::simd::avx512::Avx512>::MR,
                         query_rows: <crate::simd::avx512::Avx512>::QUERY_ROWS,
                         dot_rows: 0,
                         dot_probe_flops: 0,
+                        int8_steps: <crate::simd::avx512::Avx512>::INT8_STEPS,
+                        int8_shift: <crate::simd::avx512::Avx512>::INT8_SHIFT,
+                        int8_probe_ops: <crate::simd::avx512::Avx512>::INT8_PROBE_OPS,
                         $($name: avx512::$name,)*
                         _private: PhantomData,
-                    }),
+                    })),
                     #[cfg(target_arch = "aarch64")]
                     Isa::Neon | Isa::NeonBf16 => with_dots(Kernels {
                         isa,
@@ -127,6 +142,9 @@ macro_rules! kernels {
                         query_rows: <crate::simd::neon::Neon>::QUERY_ROWS,
                         dot_rows: 0,
                         dot_probe_flops: 0,
+                        int8_steps: <crate::simd::neon::Neon>::INT8_STEPS,
+                        int8_shift: <crate::simd::neon::Neon>::INT8_SHIFT,
+                        int8_probe_ops: <crate::simd::neon::Neon>::INT8_PROBE_OPS,
                         $($name: neon::$name,)*
                         _private: PhantomData,
                     }),
@@ -142,6 +160,10 @@ kernels! {
     pack_x(p: &PackX, group: usize) = gemm::pack_x;
     /// One work item of a GEMM.
     gemm(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm::gemm;
+    /// Quantises a group of rows of x for a GEMM in int8.
+    quantise_x(q: &QuantiseX, group: usize, scratch: *mut f32) = gemm_int8::quantise_x;
+    /// One work item of a GEMM in int8.
+    gemm_int8(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm_int8::gemm_int8;
     /// Norms, turns and moves one head of one row.
     move_head(h: &Heads<'_>, from: Rows, row: usize, head: usize, place: Place, scratch: *mut f32) = gemm::move_head;
     /// Moves the new keys of one sequence and head into a quantised cache.
@@ -196,6 +218,8 @@ kernels! {
     fma_probe(rounds: usize) -> f32 = tile::fma_probe;
     /// The peak probe of dot products, where there are any.
     dot_probe(rounds: usize) -> f32 = tile::dot_probe;
+    /// The peak probe of int8 products.
+    int8_probe(rounds: usize) -> f32 = gemm_int8::int8_probe;
     /// 2^x of a row, in place.
     exp2_row(x: *mut f32, n: usize) = crate::math::exp2_row;
     /// tanh of a row, in place.
@@ -257,6 +281,55 @@ fn with_dots(kernels: Kernels) -> Kernels {
     }
 }
 
+/// The kernels that multiply int8 by VNNI, in place of those of an instruction set that widens it.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vnni_kernels {
+    ($module:ident, $features:literal, $token:ty, $($name:ident($($arg:ident: $t:ty),*) $(-> $ret:ty)? = $body:path;)*) => {
+        mod $module {
+            use super::*;
+            type Token = $token;
+            $(#[target_feature(enable = $features)]
+            pub unsafe fn $name($($arg: $t),*) $(-> $ret)? {
+                // SAFETY: the caller's; the features enabled here are those the token proves.
+                unsafe { $body(Token::new_unchecked(), $($arg),*) }
+            })*
+            /// `kernels` with these in place of the same ones.
+            pub fn over(kernels: Kernels) -> Kernels {
+                Kernels {
+                    int8_steps: Token::INT8_STEPS,
+                    int8_shift: Token::INT8_SHIFT,
+                    int8_probe_ops: Token::INT8_PROBE_OPS,
+                    $($name,)*
+                    ..kernels
+                }
+            }
+        }
+    };
+    ($($module:ident: $features:literal, $token:ty;)*) => {
+        $(vnni_kernels! {
+            $module, $features, $token,
+            quantise_x(q: &QuantiseX, group: usize, scratch: *mut f32) = gemm_int8::quantise_x;
+            gemm_int8(g: &Gemm<'_>, item: usize, scratch: *mut f32) = gemm_int8::gemm_int8;
+            int8_probe(rounds: usize) -> f32 = gemm_int8::int8_probe;
+        })*
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+vnni_kernels! {
+    vnni_256: "avx2,fma,f16c,avxvnni", crate::simd::avx2::Avx2<crate::simd::Vnni>;
+    vnni_512: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c", crate::simd::avx512::Avx512<crate::simd::dots::WidenedVnni>;
+}
+
+#[cfg(target_arch = "x86_64")]
+fn with_vnni(kernels: Kernels) -> Kernels {
+    match kernels.isa {
+        Isa::Avx2Vnni => vnni_256::over(kernels),
+        Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => vnni_512::over(kernels),
+        _ => kernels,
+    }
+}
+
 impl Kernels {
     /// Whether weights and keys of `dtype` are multiplied in pairs, without widening.
     pub fn multiplies_pairs(&self, dtype: DType) -> bool {
@@ -275,7 +348,7 @@ impl Kernels {
 
     /// The rows of the table, as plain data.
     pub fn infos(&self) -> Vec<KernelInfo> {
-        use KernelOp::{AttentionDecode, AttentionPrefill, Gemm, Norm, Rope, Softmax};
+        use KernelOp::{AttentionDecode, AttentionPrefill, Gemm, GemmInt8, Norm, Rope, Softmax};
         let isa = self.isa.name();
         let row = |op, dtypes, tile_rows, tile_columns| KernelInfo { op, isa, dtypes, tile_rows, tile_columns };
         let (lanes, nr) = (self.lanes, self.panel());
@@ -283,6 +356,7 @@ impl Kernels {
         let widened: &[DType] = if self.dot_rows > 0 { &[DType::F32, DType::F16] } else { &DType::ALL };
         let mut infos = vec![
             row(Gemm, widened, self.mr, nr),
+            row(GemmInt8, &DType::ALL, self.mr, nr),
             row(Norm, &DType::ALL, 1, lanes),
             row(Rope, &DType::ALL, 1, lanes),
             row(Softmax, &DType::ALL, 1, lanes),

@@ -1,7 +1,7 @@
 //! Runs plans: one loop over stages, row blocks and steps; levels of fusion differ only in the plan.
 
 use lawson_core::{
-    Error, ErrorKind, Result,
+    Error, ErrorKind, Result, WeightKind,
     plan::{BlockPlan, BufferName, Op, Part, Projection, Step, TiledAttention},
     problem::{BlockSpec, RopeFrequencies},
 };
@@ -13,6 +13,7 @@ use crate::{
         attention::{Attention, MaskRows},
         codes::{Cache, QuantiseKeys},
         gemm::{Epilogue, Gemm, Heads, HeadsTo, PackX, RopeRows, Segment},
+        gemm_int8::QuantiseX,
         rope,
         rows::{Rows, places},
         scores::Strips,
@@ -292,7 +293,8 @@ impl Run<'_> {
 
     unsafe fn projection(&self, p: &Projection) -> Result<()> {
         let (w, a) = (self.operands.weights, &self.spec.attention);
-        let packed = self.f32s(BufferName::Packed)?;
+        let int8 = self.plan.problem.weights == WeightKind::Int8;
+        let packed = self.f32s(if int8 { BufferName::Codes } else { BufferName::Packed })?;
         let k = if p.part == Part::O { a.q_dim() } else { self.spec.hidden_size };
         let (x, first) = if p.part == Part::O {
             (self.buffer(BufferName::Attention, k)?, self.base())
@@ -305,8 +307,7 @@ impl Run<'_> {
             (Some(weight), Some(eps)) if p.norm => Some((weight.as_ptr(), eps.get())),
             _ => None,
         };
-        let pairs = w.q.weights().pairs;
-        let pack = PackX { x, first, rows: self.rows, k, norm, pairs, packed };
+        let (pairs, columns) = (w.q.weights().pairs, k);
         let q = (&w.q, &w.q_bias, BufferName::Q);
         let k = (&w.k, &w.k_bias, BufferName::K);
         let v = (&w.v, &w.v_bias, BufferName::V);
@@ -346,8 +347,17 @@ impl Run<'_> {
         let Some(fill) = segments[0] else { return Err(missing("weights")) };
         let segments = segments.map(|s| s.unwrap_or(fill));
         let gemm = Gemm { packed, first: self.first, rows: self.rows, row_tile: p.row_tile, segments: &segments[..count] };
-        // SAFETY: the caller's.
-        unsafe { project(self.kernels, self.threads, &pack, &gemm, self.scratch) };
+        let (rows, k) = (self.rows, columns);
+        if int8 {
+            let dtype = self.plan.problem.dtype;
+            let quantise = QuantiseX { x, first, rows, k, norm, dtype, packed: packed.cast() };
+            // SAFETY: the caller's.
+            unsafe { project_int8(self.kernels, self.threads, &quantise, &gemm, self.scratch) };
+        } else {
+            let pack = PackX { x, first, rows, k, norm, pairs, packed };
+            // SAFETY: the caller's.
+            unsafe { project(self.kernels, self.threads, &pack, &gemm, self.scratch) };
+        }
         Ok(())
     }
 
@@ -517,6 +527,21 @@ pub unsafe fn project(kernels: &Kernels, threads: &Threads, pack: &PackX, gemm: 
     threads.run(gemm.get().items(), &|thread, item| {
         // SAFETY: the caller's; items compute disjoint tiles and use their thread's scratch.
         unsafe { (kernels.gemm)(gemm.get(), item, scratch.of(thread)) }
+    });
+}
+
+/// Quantises x, then runs the items of a GEMM in int8.
+/// # Safety
+/// As [`project`]; the weights are in int8.
+pub unsafe fn project_int8(kernels: &Kernels, threads: &Threads, quantise: &QuantiseX, gemm: &Gemm<'_>, scratch: Scratch) {
+    let (quantise, gemm) = (SharedRef(quantise), SharedRef(gemm));
+    threads.run(quantise.get().rows.div_ceil(kernels.mr), &|thread, group| {
+        // SAFETY: the caller's; each item packs its own group and uses its thread's scratch.
+        unsafe { (kernels.quantise_x)(quantise.get(), group, scratch.of(thread)) }
+    });
+    threads.run(gemm.get().items(), &|thread, item| {
+        // SAFETY: the caller's; items compute disjoint tiles and use their thread's scratch.
+        unsafe { (kernels.gemm_int8)(gemm.get(), item, scratch.of(thread)) }
     });
 }
 

@@ -12,11 +12,15 @@ pub enum Isa {
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// AVX2 with AVX-VNNI: int8 is multiplied in bytes.
+    Avx2Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with BF16: bf16 is multiplied in pairs.
+    /// AVX-512 with VNNI: int8 is multiplied in bytes.
+    Avx512Vnni,
+    /// AVX-512 with VNNI and BF16: bf16 is multiplied in pairs.
     Avx512Bf16,
-    /// AVX-512 with AMX: bf16 is multiplied in tiles.
+    /// AVX-512 with VNNI, BF16 and AMX: bf16 is multiplied in tiles.
     Amx,
     /// AArch64 with Advanced SIMD, which includes f16 conversion.
     Neon,
@@ -26,14 +30,26 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, narrowest first.
-    pub const ALL: [Isa; 7] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx, Isa::Neon, Isa::NeonBf16];
+    pub const ALL: [Isa; 9] = [
+        Isa::Portable,
+        Isa::Avx2,
+        Isa::Avx2Vnni,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Avx512Bf16,
+        Isa::Amx,
+        Isa::Neon,
+        Isa::NeonBf16,
+    ];
 
     /// The name users write.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
+            Isa::Avx2Vnni => "avx2_vnni",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512_vnni",
             Isa::Avx512Bf16 => "avx512_bf16",
             Isa::Amx => "amx",
             Isa::Neon => "neon",
@@ -56,7 +72,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            Isa::Avx2Vnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => Isa::Avx512Bf16.is_available() && crate::simd::amx::is_available(),
             #[cfg(target_arch = "aarch64")]

@@ -87,6 +87,11 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
         Isa::NeonBf16 => 4.0,
         _ => 1.0,
     };
+    let int8_factor = match (kernels.int8_steps, kernels.isa) {
+        (_, Isa::Portable) => 1.0,
+        (4, _) => 4.0,
+        _ => 1.8,
+    };
     MachineProfile {
         kind: DeviceKind::Cpu,
         name: processor_name(),
@@ -96,6 +101,7 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
         l2_bytes: cache_bytes(2).unwrap_or(1 << 20),
         peak_flops,
         bf16_peak_flops: peak_flops * bf16_factor,
+        int8_peak_flops: peak_flops * int8_factor,
         bandwidth: 12e9 * threads as f64,
         launch_seconds: 5e-6,
     }
@@ -103,9 +109,20 @@ pub fn profile(kernels: &Kernels, threads: usize) -> MachineProfile {
 
 /// Operations per second of all threads on elements of `dtype`, by f32 FMA or by dot products: the best of several runs of some 20 ms.
 pub fn measure_peak(kernels: &Kernels, threads: &Threads, dtype: DType) -> f64 {
+    if kernels.multiplies_pairs(dtype) {
+        return probe_peak(threads, kernels.dot_probe, &|rounds| rounds * kernels.dot_probe_flops);
+    }
+    probe_peak(threads, kernels.fma_probe, &|rounds| (rounds * 64 / 12 + 1) * 12 * 2 * kernels.lanes)
+}
+
+/// Operations per second of all threads on int8: the best of several runs of some 20 ms.
+pub fn measure_int8_peak(kernels: &Kernels, threads: &Threads) -> f64 {
+    probe_peak(threads, kernels.int8_probe, &|rounds| rounds * kernels.int8_probe_ops)
+}
+
+/// Operations per second of a probe that touches no memory and does `operations` of its rounds.
+fn probe_peak(threads: &Threads, probe: unsafe fn(usize) -> f32, operations: &dyn Fn(usize) -> usize) -> f64 {
     let items = threads.count() * 8;
-    let dots = kernels.multiplies_pairs(dtype);
-    let probe = if dots { kernels.dot_probe } else { kernels.fma_probe };
     let once = |rounds: usize| {
         let start = Instant::now();
         threads.run(items, &|_, _| {
@@ -118,9 +135,8 @@ pub fn measure_peak(kernels: &Kernels, threads: &Threads, dtype: DType) -> f64 {
     while once(rounds) < 0.01 {
         rounds *= 2;
     }
-    let of_item = if dots { rounds * kernels.dot_probe_flops } else { (rounds * 64 / 12 + 1) * 12 * 2 * kernels.lanes };
-    let operations = (items * of_item) as f64;
-    (0..9).map(|_| operations / once(rounds)).fold(0.0, f64::max)
+    let all = (items * operations(rounds)) as f64;
+    (0..9).map(|_| all / once(rounds)).fold(0.0, f64::max)
 }
 
 /// Memory that [`read_loop`] reads: borrowed numbers, whatever they mean, as f32.

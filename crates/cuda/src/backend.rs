@@ -38,6 +38,7 @@ pub fn profile(info: &DeviceInfo, target: &str) -> MachineProfile {
         l2_bytes: info.l2_bytes as usize,
         peak_flops: 2.0 * f32_lanes(info.compute_capability) * multiprocessors * clock,
         bf16_peak_flops: tensor_flops(info.compute_capability) * multiprocessors * clock,
+        int8_peak_flops: 2.0 * tensor_flops(info.compute_capability) * multiprocessors * clock,
         // Data-centre GPUs read some 25 GB/s with each multiprocessor.
         bandwidth: 25e9 * multiprocessors,
         launch_seconds: 2e-6,

@@ -6,8 +6,9 @@ use std::{
     time::Instant,
 };
 
+use lawson_compiler::weights_on_gpu;
 use lawson_core::{
-    CacheDType, DType, Error, ErrorKind, Result, Storage, StorageMut, TensorMut, TensorRef,
+    CacheDType, DType, Error, ErrorKind, Result, Storage, StorageMut, TensorMut, TensorRef, WeightKind,
     plan::BlockPlan,
     problem::{BlockProblem, BlockSpec, Lengths, Level, MaskShape, RopeFrequencies},
 };
@@ -99,6 +100,7 @@ pub struct AttentionBlockBuilder<'a> {
     spec: BlockSpec,
     weights: BlockWeights<'a>,
     dtype: Option<DType>,
+    kind: WeightKind,
     level: Option<Level>,
 }
 
@@ -106,6 +108,13 @@ impl AttentionBlockBuilder<'_> {
     /// Compute dtype: of packed weights, x, y and the buffers between steps; that of `q_weight` otherwise. Sums are f32 always.
     pub fn dtype(mut self, dtype: DType) -> Self {
         self.dtype = Some(dtype);
+        self
+    }
+
+    /// How the weights of the projections are held: in the compute dtype, or quantised to int8 from what is stored, with activations quantised
+    /// token by token (see [`lawson_core::int8`]), on a CPU.
+    pub fn weights(mut self, kind: WeightKind) -> Self {
+        self.kind = kind;
         self
     }
 
@@ -118,16 +127,21 @@ impl AttentionBlockBuilder<'_> {
     /// Packs the weights for `context`.
     ///
     /// # Errors
-    /// `InvalidInput` when the specification is not valid or a tensor does not fit it, naming the tensor; `OutOfMemory`.
+    /// `InvalidInput` when the specification is not valid or a tensor does not fit it, naming the tensor; `OutOfMemory`; `Unavailable` for weights
+    /// in int8 on a GPU.
     pub fn build(self, context: &Context) -> Result<AttentionBlock> {
         self.spec.validate()?;
         self.weights.check(&self.spec)?;
         let dtype = self.dtype.unwrap_or(self.weights.q_weight.dtype());
         let packed = match context.gpu() {
-            Some(gpu) => Packed::Gpu(self.upload(gpu, dtype)?),
+            Some(gpu) => {
+                weights_on_gpu(self.kind)?;
+                Packed::Gpu(self.upload(gpu, dtype)?)
+            }
             None => Packed::Cpu(self.pack(context, dtype)?),
         };
-        let inner = Inner { context: context.clone(), spec: self.spec, dtype, packed, frequencies: Mutex::new(None) };
+        let (context, kind) = (context.clone(), self.kind);
+        let inner = Inner { context, spec: self.spec, dtype, kind, packed, frequencies: Mutex::new(None) };
         Ok(AttentionBlock { inner: Arc::new(inner), level: self.level })
     }
 
@@ -135,7 +149,12 @@ impl AttentionBlockBuilder<'_> {
         let (w, a, kernels) = (&self.weights, &self.spec.attention, &context.0.cpu.kernels);
         let panel = kernels.panel();
         let pack = |name: &str, t: &TensorRef<'_>, columns: usize| {
-            PackedMatrix::new(t, dtype, columns, kernels, &context.0.cpu.threads).map_err(|e| e.at(name))
+            let threads = &context.0.cpu.threads;
+            let packed = match self.kind {
+                WeightKind::Int8 => PackedMatrix::int8(t, columns, kernels, threads),
+                _ => PackedMatrix::new(t, dtype, columns, kernels, threads),
+            };
+            packed.map_err(|e| e.at(name))
         };
         let heads = |n: usize| tile_columns(a.head_dim, n, panel);
         Ok(PackedBlock {
@@ -189,6 +208,7 @@ struct Inner {
     context: Context,
     spec: BlockSpec,
     dtype: DType,
+    kind: WeightKind,
     packed: Packed,
     /// RoPE frequencies and the `length_key` they were computed for.
     frequencies: Mutex<Option<(usize, Arc<RopeFrequencies>)>>,
@@ -239,16 +259,19 @@ pub struct AttentionBlock {
 impl AttentionBlock {
     /// A block of `spec` with `weights`, to be built.
     pub fn builder(spec: BlockSpec, weights: BlockWeights<'_>) -> AttentionBlockBuilder<'_> {
-        AttentionBlockBuilder { spec, weights, dtype: None, level: None }
+        AttentionBlockBuilder { spec, weights, dtype: None, kind: WeightKind::Compute, level: None }
     }
 
-    /// The self-attention of a checkpoint's layer, `with_norm` with its input norm and residual, in the dtype it is stored in.
+    /// The self-attention of a checkpoint's layer, `with_norm` with its input norm and residual, in the dtype it is stored in; where its weights
+    /// are in int8, so are the block's, which computes in the dtype that they had before.
     ///
     /// # Errors
     /// `InvalidInput` when the layer does not exist or is not expressible, `OutOfMemory`.
     pub fn from_checkpoint(context: &Context, checkpoint: &Checkpoint, layer: usize, with_norm: bool) -> Result<Self> {
         let weights = checkpoint.weights(layer, with_norm)?;
-        Self::builder(checkpoint.block_spec(layer, with_norm)?, weights.as_ref()).build(context)
+        let builder = Self::builder(checkpoint.block_spec(layer, with_norm)?, weights.as_ref());
+        let builder = AttentionBlockBuilder { dtype: checkpoint.original_dtype(layer), ..builder };
+        builder.weights(checkpoint.weight_kind()).build(context)
     }
 
     /// The same block, sharing its weights, at `level` of fusion; the planner's choice when `None`.
@@ -263,6 +286,10 @@ impl AttentionBlock {
     /// Compute dtype.
     pub fn dtype(&self) -> DType {
         self.inner.dtype
+    }
+    /// How the weights of its projections are held.
+    pub fn weights(&self) -> WeightKind {
+        self.inner.kind
     }
     /// The context it was built for.
     pub fn context(&self) -> &Context {
@@ -296,8 +323,8 @@ impl AttentionBlock {
     ) -> Result<Arc<BlockPlan>> {
         let kv_dtype = kv_dtype.into();
         let batch = Lengths::ragged(new.to_vec(), past.to_vec())?;
-        let (spec, dtype) = (self.inner.spec.clone(), self.inner.dtype);
-        let problem = BlockProblem { spec, batch, mask, dtype, kv_dtype, page_size: None };
+        let (spec, dtype, weights) = (self.inner.spec.clone(), self.inner.dtype, self.inner.kind);
+        let problem = BlockProblem { spec, batch, mask, dtype, weights, kv_dtype, page_size: None };
         self.inner.context.plan(&problem, self.level)
     }
 
@@ -384,7 +411,7 @@ impl AttentionBlock {
         let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
         let mask = args.mask.map(|m| m.check(new.len(), a.heads, new.iter().copied().max().unwrap_or(0), longest)).transpose()?;
         let (dtype, kv_dtype, page_size) = (inner.dtype, cache.dtype(), cache.pool().map(PagePool::page_size));
-        let call = Call { spec, new, past: cache.lengths(), mask, dtype, kv_dtype, page_size };
+        let call = Call { spec, new, past: cache.lengths(), mask, dtype, weights: inner.kind, kv_dtype, page_size };
         let plan = inner.context.plan_call(&call, self.level)?;
         let frequencies = inner.frequencies(longest);
         let packed = match &inner.packed {
@@ -479,7 +506,7 @@ impl AttentionBlock {
         let new = batch.new_tokens();
         let room: Vec<usize> = new.iter().map(|n| cache.capacity() - n).collect();
         let (dtype, kv_dtype, page_size) = (inner.dtype, cache.dtype(), cache.pool().map(PagePool::page_size));
-        let call = Call { spec: &inner.spec, new, past: &room, mask: None, dtype, kv_dtype, page_size };
+        let call = Call { spec: &inner.spec, new, past: &room, mask: None, dtype, weights: inner.kind, kv_dtype, page_size };
         let plan = inner.context.plan_exactly(&call, self.level)?;
         let longest = new.iter().zip(cache.lengths()).map(|(n, p)| n + p).max().unwrap_or(0);
         let frequencies = inner.frequencies(longest);

@@ -26,11 +26,12 @@ impl PreparedCall {
     /// Packs the weights of `data` and fills a cache with its past.
     ///
     /// # Errors
-    /// `InvalidInput` when `data` does not fit `problem`, `OutOfMemory`; `Unavailable` for a paged cache on a CPU.
+    /// `InvalidInput` when `data` does not fit `problem`, `OutOfMemory`; `Unavailable` for a paged cache on a CPU and for weights in int8 on a GPU.
     pub fn new(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>) -> Result<Self> {
         problem.validate()?;
         let weights = BlockWeights::from_data(&problem.spec, data)?;
-        let block = AttentionBlock::builder(problem.spec.clone(), weights).dtype(problem.dtype).build(context)?.at(level);
+        let block = AttentionBlock::builder(problem.spec.clone(), weights).dtype(problem.dtype).weights(problem.weights);
+        let block = block.build(context)?.at(level);
         let (batch, a) = (Batch::ragged(problem.batch.new_tokens().to_vec())?, &problem.spec.attention);
         let sequences = problem.batch.sequences();
         let rows = data.cache_rows(problem);

@@ -9,7 +9,7 @@ use std::{
 
 use lawson_compiler::{Planner, Scratch};
 use lawson_core::{
-    CacheDType, DType, Error, ErrorKind, Result,
+    CacheDType, DType, Error, ErrorKind, Result, WeightKind,
     kernel::{Backend, KernelInfo, MachineProfile},
     plan::BlockPlan,
     problem::{AttentionProblem, BlockProblem, BlockSpec, Lengths, Level, MaskShape},
@@ -231,6 +231,10 @@ impl Context {
             None => Ok(lawson_cpu::machine::measure_peak(&self.0.cpu.kernels, &self.0.cpu.threads, dtype)),
         }
     }
+    /// Operations per second on int8, measured on the CPU's vectors.
+    pub fn measure_int8_peak(&self) -> f64 {
+        lawson_cpu::machine::measure_int8_peak(&self.0.cpu.kernels, &self.0.cpu.threads)
+    }
     /// Bytes per second from memory, measured: read by all threads; read and written by a large copy on a GPU.
     ///
     /// # Errors
@@ -253,9 +257,9 @@ impl Context {
     /// # Errors
     /// `InvalidInput` when the problem is not valid; `Unavailable` for a paged cache on a CPU.
     pub fn plan(&self, problem: &BlockProblem, level: Option<Level>) -> Result<Arc<BlockPlan>> {
-        let &BlockProblem { ref spec, ref batch, mask, dtype, kv_dtype, page_size } = problem;
+        let &BlockProblem { ref spec, ref batch, mask, dtype, weights, kv_dtype, page_size } = problem;
         let (new, past) = (batch.new_tokens(), batch.past());
-        self.plan_call(&Call { spec, new, past, mask, dtype, kv_dtype, page_size }, level)
+        self.plan_call(&Call { spec, new, past, mask, dtype, weights, kv_dtype, page_size }, level)
     }
 
     /// As [`Context::plan`], without a problem of its own: allocates nothing when the plan is kept.
@@ -285,6 +289,7 @@ impl Context {
             batch: Lengths::ragged(call.new.to_vec(), past)?,
             mask: call.mask,
             dtype: call.dtype,
+            weights: call.weights,
             kv_dtype: call.kv_dtype,
             page_size: call.page_size,
         };
@@ -305,7 +310,7 @@ impl Context {
             return Err(Error::new(ErrorKind::Unavailable, "plans of attention alone are a GPU's"));
         }
         let AttentionProblem { spec, batch, mask, dtype, kv_dtype } = problem.clone();
-        let block = BlockProblem { spec: BlockSpec::new(spec.q_dim(), spec), batch, mask, dtype, kv_dtype, page_size: None };
+        let block = BlockProblem { mask, kv_dtype, ..BlockProblem::new(BlockSpec::new(spec.q_dim(), spec), batch, dtype) };
         Planner { machine: &self.0.machine, kernels: &self.0.kernels, scratch: &NoScratch }.attention(&block, level)
     }
 
@@ -325,6 +330,7 @@ pub(crate) struct Call<'a> {
     pub past: &'a [usize],
     pub mask: Option<MaskShape>,
     pub dtype: DType,
+    pub weights: WeightKind,
     pub kv_dtype: CacheDType,
     pub page_size: Option<usize>,
 }
@@ -333,7 +339,8 @@ impl Call<'_> {
     fn fits(&self, p: &BlockProblem) -> bool {
         self.new == p.batch.new_tokens()
             && self.past.iter().zip(self.new).map(|(&p, &n)| planned_past(p, n)).eq(p.batch.past().iter().copied())
-            && (self.mask, self.dtype, self.kv_dtype, self.page_size) == (p.mask, p.dtype, p.kv_dtype, p.page_size)
+            && (self.mask, self.dtype, self.weights) == (p.mask, p.dtype, p.weights)
+            && (self.kv_dtype, self.page_size) == (p.kv_dtype, p.page_size)
             && *self.spec == p.spec
     }
 }
@@ -372,6 +379,9 @@ impl Scratch for NoScratch {
     fn other(&self, _: &BlockProblem) -> usize {
         0
     }
+    fn codes(&self, _: usize, _: usize) -> usize {
+        0
+    }
 }
 
 struct CpuScratch<'a>(&'a Cpu);
@@ -385,5 +395,8 @@ impl Scratch for CpuScratch<'_> {
     }
     fn other(&self, problem: &BlockProblem) -> usize {
         self.0.other_scratch(problem)
+    }
+    fn codes(&self, rows: usize, width: usize) -> usize {
+        self.0.codes_bytes(rows, width)
     }
 }

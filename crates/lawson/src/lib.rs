@@ -22,14 +22,14 @@ pub mod tensor_file;
 mod weights;
 
 pub use block::{Args, AttentionBlock, AttentionBlockBuilder, CapturedCall, MaskRef};
-pub use block_file::BlockFile;
-pub use checkpoint::{Checkpoint, LayerWeights};
+pub use block_file::{BlockFile, Form};
+pub use checkpoint::{Checkpoint, LayerWeights, QuantisedCheckpoint};
 pub use compute::{PreparedCall, compute};
 pub use context::{Context, ContextOptions, Device};
 pub use kv_cache::{Batch, KvCache, LayerCache};
-pub use lawson_compiler::explain;
+pub use lawson_compiler::{explain, weights_on_gpu};
 pub use lawson_core::{
-    CacheDType, DType, Error, ErrorKind, Result, TensorMut, TensorRef,
+    CacheDType, DType, Error, ErrorKind, Result, TensorMut, TensorRef, WeightKind,
     data::{BlockData, BlockOutput},
     plan::BlockPlan,
     problem::{

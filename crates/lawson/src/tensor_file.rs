@@ -70,6 +70,11 @@ enum Elements<'a> {
 }
 
 impl LoadedTensor<'_> {
+    /// `values` of `shape`, as if a file had held them.
+    pub(crate) fn owned(values: Vec<f32>, shape: &[usize]) -> Result<Self> {
+        TensorRef::new(&values, shape)?;
+        Ok(LoadedTensor { data: Elements::F32(Cow::Owned(values)), shape: shape.to_vec() })
+    }
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.storage().dtype()
@@ -168,6 +173,15 @@ impl TensorFile {
 
     fn data(&self, tensor: &Stored) -> &[u8] {
         &self.bytes.as_slice()[tensor.range.clone()]
+    }
+
+    /// Element type, shape and bytes of the tensor `name`, whatever it holds.
+    ///
+    /// # Errors
+    /// `InvalidInput` when there is no such tensor.
+    pub fn raw(&self, name: &str) -> Result<(StoredDType, &[usize], &[u8])> {
+        let t = self.stored(name)?;
+        Ok((t.dtype, &t.shape, self.data(t)))
     }
 
     /// The tensor `name`, which must be f32, bf16 or f16 and have at most four dimensions.

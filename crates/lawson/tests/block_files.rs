@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use files::{Tensors, f32s, folder, pack, refused, with_header};
 use lawson::{
-    BlockFile, BlockWeights,
+    BlockFile, BlockWeights, Form,
     block_file::{write_block_file, write_output},
     tensor_file::{StoredDType, TensorFile, write_safetensors},
 };
@@ -36,7 +36,7 @@ fn good() -> (Value, Tensors) {
 }
 
 fn read(json: &str, tensors: &Tensors) -> Result<BlockFile> {
-    BlockFile::parse(json.as_bytes(), &TensorFile::from_bytes("in.safetensors", pack(tensors, 0))?, None, None)
+    BlockFile::parse(json.as_bytes(), &TensorFile::from_bytes("in.safetensors", pack(tensors, 0))?, Form::default())
 }
 
 fn lengths(values: &[i64]) -> (StoredDType, Vec<usize>, Vec<u8>) {
@@ -201,7 +201,10 @@ fn what_is_not_json_is_refused() {
     ] {
         refused(read(&text, &t), &["block.json", part]);
     }
-    refused(BlockFile::parse(b"\xff\xfe", &TensorFile::from_bytes("t", pack(&t, 0)).unwrap(), None, None), &["not valid JSON"]);
+    refused(
+        BlockFile::parse(b"\xff\xfe", &TensorFile::from_bytes("t", pack(&t, 0)).unwrap(), Form::default()),
+        &["not valid JSON"],
+    );
 }
 
 #[test]
@@ -328,7 +331,12 @@ fn floats_are_rounded_to_the_compute_and_cache_dtypes() {
     t.insert("input_norm.weight".into(), (StoredDType::F32, vec![6], bytes(6)));
     t.insert("q_proj.bias".into(), (StoredDType::F32, vec![16], bytes(16)));
     let file = TensorFile::from_bytes("t", pack(&t, 0)).unwrap();
-    let block = BlockFile::parse(json.to_string().as_bytes(), &file, Some(DType::BF16), Some(CacheDType::F16)).unwrap();
+    let block = BlockFile::parse(
+        json.to_string().as_bytes(),
+        &file,
+        Form { dtype: Some(DType::BF16), kv_dtype: Some(CacheDType::F16), ..Form::default() },
+    )
+    .unwrap();
     assert_eq!((block.problem().dtype, block.problem().kv_dtype), (DType::BF16, CacheDType::F16));
     let d = block.data();
     assert_eq!(
@@ -394,7 +402,7 @@ fn malformed_tensor_files_are_refused() {
     refused(TensorFile::open(&dir), &["not a regular file"]);
     std::fs::write(dir.join("empty"), b"").unwrap();
     refused(TensorFile::open(dir.join("empty")), &["empty", "not a safetensors file"]);
-    let none = BlockFile::open(dir.join("block.json"), dir.join("empty"), None, None);
+    let none = BlockFile::open(dir.join("block.json"), dir.join("empty"), Form::default());
     refused(none, &["block.json", "cannot be read"]);
 }
 
@@ -410,7 +418,7 @@ fn misaligned_tensors_are_copied() {
         let tensor = file.tensor("q_proj.weight").unwrap();
         assert_eq!(tensor.is_borrowed(), pad % 4 == 0, "a map starts on a page");
         assert_eq!(tensor.as_ref().to_f32(), aligned.tensor("q_proj.weight").unwrap().as_ref().to_f32());
-        let block = BlockFile::parse(json.to_string().as_bytes(), &file, None, None).unwrap();
+        let block = BlockFile::parse(json.to_string().as_bytes(), &file, Form::default()).unwrap();
         assert_eq!(block.data().x[1], -0.75);
     }
     let half = |dtype| Tensors::from([("a".into(), (dtype, vec![2], vec![0x80, 0x3f, 0x00, 0x3c]))]);
@@ -471,7 +479,7 @@ fn generated_cases_are_read() {
     let mut seen = BTreeSet::new();
     for case in std::fs::read_dir(root).unwrap() {
         let case = case.unwrap().path();
-        let block = BlockFile::open(case.join("block.json"), case.join("in.safetensors"), None, None);
+        let block = BlockFile::open(case.join("block.json"), case.join("in.safetensors"), Form::default());
         let block = block.unwrap_or_else(|e| panic!("{e}"));
         let (p, want) = (block.problem(), TensorFile::open(case.join("want.safetensors")).unwrap());
         let (a, b) = (&p.spec.attention, p.batch.sequences());
@@ -614,7 +622,7 @@ proptest! {
         let (problem, data) = random_block(seed);
         let dir = folder("round-trip");
         write_block_file(&dir, &problem, &data).unwrap();
-        let block = BlockFile::open(dir.join("block.json"), dir.join("in.safetensors"), None, Some(problem.kv_dtype)).unwrap();
+        let block = BlockFile::open(dir.join("block.json"), dir.join("in.safetensors"), Form { kv_dtype: Some(problem.kv_dtype), ..Form::default() }).unwrap();
         prop_assert_eq!(block.problem(), &problem);
         prop_assert_eq!(block.data(), &data);
     }
@@ -631,7 +639,7 @@ proptest! {
             bytes[i] = byte;
         }
         if let Ok(file) = TensorFile::from_bytes("t", bytes) {
-            let _ = BlockFile::parse(&json, &file, None, None);
+            let _ = BlockFile::parse(&json, &file, Form::default());
         }
     }
 }

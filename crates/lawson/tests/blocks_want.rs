@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lawson::{BlockFile, Context, ContextOptions, DType, Isa, Level, compute, tensor_file::TensorFile};
+use lawson::{BlockFile, Context, ContextOptions, DType, Form, Isa, Level, compute, tensor_file::TensorFile};
 use lawson_core::{
     compare::{Policy, compare},
     oracle::{self, Oracle},
@@ -17,7 +17,12 @@ fn cases() -> Vec<PathBuf> {
 }
 
 fn open(case: &Path, dtype: DType) -> BlockFile {
-    BlockFile::open(case.join("block.json"), case.join("in.safetensors"), Some(dtype), Some(dtype.into())).unwrap()
+    BlockFile::open(
+        case.join("block.json"),
+        case.join("in.safetensors"),
+        Form { dtype: Some(dtype), kv_dtype: Some(dtype.into()), ..Form::default() },
+    )
+    .unwrap()
 }
 
 /// Runs `block` at every level on every instruction set; y, k and v must be near `want` as `policy` says for each.

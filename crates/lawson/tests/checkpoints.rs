@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use files::{Tensors, f32s, folder, pack, refused};
 use lawson::{
-    BlockFile, BlockWeights, Checkpoint,
+    BlockFile, BlockWeights, Checkpoint, Form,
     tensor_file::{StoredDType, TensorFile},
 };
 use lawson_core::{
@@ -92,7 +92,7 @@ fn a_layer_takes_its_input_from_a_file() {
     f32s(&mut t, "x", &[1, 2, 256]);
     let read = |t: &Tensors| {
         let file = TensorFile::from_bytes("in.safetensors", pack(t, 0)).unwrap();
-        BlockFile::with_weights(spec.clone(), &weights.as_ref(), &file, None, None)
+        BlockFile::with_weights(spec.clone(), &weights.as_ref(), &file, Form::default())
     };
     let block = read(&t).unwrap();
     assert_eq!((&block.problem().spec, block.problem().dtype), (&spec, DType::F32));
@@ -102,7 +102,7 @@ fn a_layer_takes_its_input_from_a_file() {
     refused(read(&t), &["in.safetensors", "'o_proj.weight'", "x, past_k"]);
     let other = BlockSpec { hidden_size: 128, ..spec.clone() };
     let file = TensorFile::from_bytes("in.safetensors", pack(&t, 0)).unwrap();
-    refused(BlockFile::with_weights(other, &weights.as_ref(), &file, None, None), &["'q_proj.weight'", "[256, 128]"]);
+    refused(BlockFile::with_weights(other, &weights.as_ref(), &file, Form::default()), &["'q_proj.weight'", "[256, 128]"]);
 }
 
 #[test]

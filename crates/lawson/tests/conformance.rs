@@ -41,6 +41,16 @@ fn blocks_over_quantised_caches() {
 }
 
 #[test]
+fn decode_over_quantised_caches() {
+    blocks(&cases::quantised_decode_cases(), 10);
+}
+
+#[test]
+fn blocks_with_int8_weights() {
+    blocks(&cases::int8_weight_cases(15, 60), 15);
+}
+
+#[test]
 fn random_blocks() {
     blocks(&cases::random_cases(7, 60), 7);
 }

@@ -46,6 +46,11 @@ fn f32_is_deterministic() {
 }
 
 #[test]
+fn int8_weights_are_deterministic() {
+    check("bf16 weights=int8");
+}
+
+#[test]
 fn bf16_is_deterministic() {
     check("bf16");
 }

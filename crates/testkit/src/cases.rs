@@ -1,7 +1,7 @@
 //! Problems that cross every feature, small enough that the oracle answers at once.
 
 use lawson_core::{
-    CacheDType, DType,
+    CacheDType, DType, WeightKind,
     problem::{
         AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, PAGE_SIZES, Real, RopeLayout, RopeScaling, RopeSpec,
         Yarn,
@@ -92,6 +92,45 @@ pub fn quantised_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
     random_cases(seed, count).into_iter().zip(kinds).map(quantised).collect()
 }
 
+/// Decode over a quantised cache at the edges of its groups of 32 rows, in every dtype and with every kind of score rule: group sizes of 1 to
+/// 9 heads, rows of whole vectors of every instruction set.
+pub fn quantised_decode_cases() -> Vec<BlockProblem> {
+    const SHAPES: [&str; 9] = [
+        "h=8/1 d=64 past=300",
+        "h=4/1 d=128 past=95",
+        "h=6/2 d=64 past=64 qk_norm=1e-6",
+        "h=2/2 d=32 past=200 window=45",
+        "h=5/1 d=256 past=130 softcap=20 alibi",
+        "h=9/3 d=64 past=31 sinks",
+        "h=3/3 d=64 past=33 mask=h",
+        "h=8/2 d=128 past=0",
+        "h=7/1 d=192 past=126 window=64 scale=-0.1",
+    ];
+    let (dtypes, kinds) = (["bf16", "f16", "f32"], ["int8", "int4"]);
+    let mut cases = Vec::new();
+    for (i, shape) in SHAPES.into_iter().enumerate() {
+        for kind in kinds {
+            let line = format!("block b=1 s=1 e=64 {shape} causal {} kv={kind}", dtypes[i % 3]);
+            cases.push(line.parse().expect("a problem"));
+        }
+    }
+    for kind in kinds {
+        let line = format!("block b=4 s=1 past=3,64,100,31 e=48 h=8/2 d=64 causal bf16 kv={kind}");
+        cases.push(line.parse().expect("a problem"));
+    }
+    cases
+}
+
+/// `count` random problems whose weights are in int8, over a quantised cache every third time.
+pub fn int8_weight_cases(seed: u64, count: usize) -> Vec<BlockProblem> {
+    let caches = [None, None, Some(CacheDType::INT8), None, None, Some(CacheDType::INT4)].into_iter().cycle();
+    let int8 = |(problem, cache): (BlockProblem, Option<CacheDType>)| {
+        let kv_dtype = cache.unwrap_or(problem.kv_dtype);
+        BlockProblem { weights: WeightKind::Int8, kv_dtype, ..problem }
+    };
+    random_cases(seed, count).into_iter().zip(caches).map(int8).collect()
+}
+
 /// A random problem that crosses at least four features.
 pub fn random_case(rng: &mut Rng) -> BlockProblem {
     let features = Features::new(rng);
@@ -136,7 +175,7 @@ fn draw(features: &Features, rng: &mut Rng) -> BlockProblem {
     }
     let mask = on(rng).then(|| rng.pick(&MASKS));
     let (dtype, kv_dtype) = rng.pick(&DTYPES);
-    BlockProblem { spec, batch, mask, dtype, kv_dtype, page_size: None }
+    BlockProblem { mask, kv_dtype, ..BlockProblem::new(spec, batch, dtype) }
 }
 
 fn batch(ragged_past: bool, ragged_new: bool, decode: bool, rng: &mut Rng) -> Lengths {
@@ -230,7 +269,14 @@ mod tests {
 
     #[test]
     fn every_case_is_valid_and_prints_a_line_that_parses_back() {
-        for case in random_cases(1, 300).into_iter().chain(edge_cases()).chain(paged_cases(3, 30)).chain(quantised_cases(4, 30)) {
+        for case in random_cases(1, 300)
+            .into_iter()
+            .chain(edge_cases())
+            .chain(paged_cases(3, 30))
+            .chain(quantised_cases(4, 30))
+            .chain(quantised_decode_cases())
+            .chain(int8_weight_cases(5, 30))
+        {
             assert_eq!(case.to_string().parse::<BlockProblem>().unwrap(), case);
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use lawson_core::{
-    DType, ErrorKind, Result,
+    DType, ErrorKind, Result, WeightKind,
     compare::{Comparison, Policy, compare},
     data::{BlockData, BlockOutput},
     kernel::{Backend, KernelCase, KernelInfo},
@@ -64,6 +64,14 @@ fn policy(dtype: DType, reference: &[f32]) -> Policy<'_> {
     if dtype == DType::F32 { Policy::Relative(F32_RELATIVE) } else { Policy::Within2x { reference, dtype } }
 }
 
+/// The policy of a block's results, which in int8 have the error of codes as their reference has.
+fn policy_of<'a>(problem: &BlockProblem, dtype: DType, reference: &'a [f32]) -> Policy<'a> {
+    match problem.weights {
+        WeightKind::Int8 => Policy::Within2x { reference, dtype },
+        _ => policy(dtype, reference),
+    }
+}
+
 fn wrong(name: &str, comparison: Comparison) -> Option<String> {
     (!comparison.ok).then(|| format!("{name}: {comparison}"))
 }
@@ -95,6 +103,7 @@ pub fn check_kernel_result(case: &KernelCase, got: &[f32]) -> Result<Vec<String>
             let honest: Vec<f32> = want.iter().map(|&v| round_to(*weight_dtype, v as f32)).collect();
             wrong("result", compare(policy(*weight_dtype, &honest), got, &want, *n))
         }
+        KernelCase::GemmInt8 { k, x, w, bias, .. } => wrong_int8(x, w, bias.as_deref(), *k, got),
         KernelCase::Norm { width, x, weight, eps } => f32_only(oracle::rms_norm(x, weight, *eps), *width),
         KernelCase::Rope { head_dim, rotary_dim, layout, x, angles } => {
             f32_only(oracle::rope(x, *head_dim, *rotary_dim, *layout, angles), *head_dim)
@@ -117,6 +126,49 @@ pub fn check_kernel_result(case: &KernelCase, got: &[f32]) -> Result<Vec<String>
     Ok(one.into_iter().collect())
 }
 
+/// What is wrong with the result of a GEMM in int8. It is defined to the bit; that the definition is near the truth is asked of every element too:
+/// codes are at most half a scale off, and a scale at most 2⁻¹⁵ more than it needs to be.
+fn wrong_int8(x: &[f32], w: &[f32], bias: Option<&[f32]>, k: usize, got: &[f32]) -> Option<String> {
+    let want = oracle::gemm_int8(x, w, bias, k);
+    let n = w.len() / k;
+    if got.len() != want.len() {
+        return Some(format!("{} elements, expected {}", got.len(), want.len()));
+    }
+    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+    if let Some(i) = got.iter().zip(&want).position(|pair| !same(pair)) {
+        return Some(format!("result: {} at [{}, {}], expected {}", got[i], i / n, i % n, want[i]));
+    }
+    let truth = oracle::gemm(x, w, bias, k);
+    let scale = |row: &[f32]| row.iter().fold(0f64, |m, v| m.max(f64::from(v.abs()))) / 127.0 * (1.0 + 1.0 / 32768.0);
+    let sum = |row: &[f32]| row.iter().map(|v| f64::from(v.abs())).sum::<f64>();
+    // Less than this, a scale is 0.
+    let least = 128.0 * f64::from(f32::MIN_POSITIVE);
+    for (i, row) in x.chunks_exact(k).enumerate() {
+        let (x_scale, x_sum) = (scale(row).max(2.0 * least), sum(row));
+        for (j, row) in w.chunks_exact(k).enumerate() {
+            let (w_scale, w_sum) = (scale(row).max(2.0 * least), sum(row));
+            let (y, t) = (f64::from(got[i * n + j]), truth[i * n + j]);
+            let most =
+                0.5001 * (x_scale * w_sum + w_scale * x_sum) + 0.2501 * k as f64 * x_scale * w_scale + 3e-7 * t.abs() + 1e-37;
+            let near = (y - t).abs() <= most + 3e-7 * bias.map_or(0.0, |b| f64::from(b[j].abs()));
+            if t.is_finite() && !near {
+                return Some(format!("accuracy: {y} at [{i}, {j}], not within {most:e} of {t}"));
+            }
+        }
+    }
+    None
+}
+
+/// Whether a result in int8 is as far from the reference, whose codes are the same but for a few, as that is from the truth.
+fn astray(name: &str, dtype: DType, got: &[f32], want: &[f64], reference: &[f32], width: usize) -> Option<String> {
+    let relative = |got: &[f32], want: &[f64]| compare(Policy::Exact, got, want, width).errors.map_or(f64::NAN, |e| e.relative);
+    let wide: Vec<f64> = reference.iter().map(|&v| v.into()).collect();
+    let (apart, error) = (relative(got, &wide), relative(reference, want));
+    let most = 0.5 * error + 2.0 * dtype.epsilon();
+    let near = apart <= most;
+    (!near).then(|| format!("{name}: {apart:.2e} from the reference, which is {error:.2e} from the truth"))
+}
+
 /// What is wrong with the result of one block; nothing when it is right.
 fn check_block(
     problem: &BlockProblem,
@@ -126,24 +178,28 @@ fn check_block(
     honest: &BlockOutput,
 ) -> Result<Vec<String>> {
     let (e, d, dtype) = (problem.spec.hidden_size, problem.spec.attention.head_dim, problem.dtype);
-    let check = |name: &str, policy: Policy<'_>, got: &[f32], want: &[f64], width| wrong(name, compare(policy, got, want, width));
+    let int8 = problem.weights == WeightKind::Int8;
+    let check = |name: &str, dtype: DType, got: &[f32], want: &[f64], reference: &[f32], width: usize| {
+        let far = wrong(name, compare(policy_of(problem, dtype, reference), got, want, width));
+        if int8 { far.or_else(|| astray(name, dtype, got, want, reference, width)) } else { far }
+    };
     if problem.kv_dtype.codes().is_some() {
         // The error of codes is in every honest result, and a code that is rounded the other way is no error of the attention over it.
         let of_cache = |name: &str, got: &[f32], want: &[f64], reference: &[f32]| {
             // Keys of an unfinished group are as exact as those of any cache.
-            let exact = compare(policy(dtype, reference), got, want, d);
+            let exact = compare(policy_of(problem, dtype, reference), got, want, d);
             wrong(name, if exact.ok { exact } else { compare(Policy::Within2x { reference, dtype }, got, want, d) })
         };
         let y_want = Oracle::new(problem, data)?.y_over_cache(&got.k, &got.v)?;
         let y_honest = oracle::rounded_over_cache(problem, data, &got.k, &got.v)?;
-        let y = check("y", policy(dtype, &y_honest), &got.y, &y_want, e);
+        let y = check("y", dtype, &got.y, &y_want, &y_honest, e);
         let (k, v) = (of_cache("k", &got.k, &want.k, &honest.k), of_cache("v", &got.v, &want.v, &honest.v));
         return Ok([y, k, v].into_iter().flatten().collect());
     }
     let coarser = if dtype == DType::F32 { problem.kv_dtype.rounds_to(dtype) } else { dtype };
-    let y = check("y", policy(coarser, &honest.y), &got.y, &want.y, e);
-    let k = check("k", policy(coarser, &honest.k), &got.k, &want.k, d);
-    let v = check("v", policy(coarser, &honest.v), &got.v, &want.v, d);
+    let y = check("y", coarser, &got.y, &want.y, &honest.y, e);
+    let k = check("k", coarser, &got.k, &want.k, &honest.k, d);
+    let v = check("v", coarser, &got.v, &want.v, &honest.v, d);
     Ok([y, k, v].into_iter().flatten().collect())
 }
 

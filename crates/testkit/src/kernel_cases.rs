@@ -20,6 +20,7 @@ pub fn kernel_cases(op: KernelOp) -> Vec<(String, KernelCase)> {
     let mut rng = Rng::new(op as u64 + 1);
     match op {
         KernelOp::Gemm => gemm(&mut rng),
+        KernelOp::GemmInt8 => gemm_int8(&mut rng),
         KernelOp::Norm => norm(&mut rng),
         KernelOp::Rope => rope(&mut rng),
         KernelOp::Softmax => softmax(&mut rng),
@@ -45,6 +46,43 @@ fn gemm(rng: &mut Rng) -> Vec<(String, KernelCase)> {
             let x = rounded(weight_dtype, rng.normals(m * k, 1.0));
             let w = rounded(weight_dtype, rng.normals(n * k, 1.0 / (k as f64).sqrt()));
             cases.push((name, KernelCase::Gemm { m, n, k, x, w, bias, weight_dtype }));
+        }
+    }
+    cases
+}
+
+/// Rows around the register tile's, columns around the panel's, depths around a block's; rows of x and of W that are all zero, of very different
+/// greatness, with ties of rounding, or not finite.
+fn gemm_int8(rng: &mut Rng) -> Vec<(String, KernelCase)> {
+    const DEPTHS: [usize; 14] = [1, 2, 3, 4, 5, 31, 63, 64, 65, 128, 130, 255, 257, 1030];
+    let mut cases = Vec::new();
+    for m in [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 24, 25, 49] {
+        for n in [1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 130, 300] {
+            let (k, kind) = (rng.pick(&DEPTHS), rng.pick(&["plain", "plain", "spread", "ties", "lost"]));
+            let bias = rng.chance(0.5).then(|| rng.normals(n, 1.0));
+            let (mut x, mut w) = (rng.normals(m * k, 1.0), rng.normals(n * k, 1.0 / (k as f64).sqrt()));
+            match kind {
+                "spread" => {
+                    for row in x.chunks_exact_mut(k).chain(w.chunks_exact_mut(k)) {
+                        let factor = rng.pick(&[0.0, 1e-42, 1e-30, 1e-3, 1.0, 1e4, 1e15]);
+                        row.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+                    }
+                }
+                // Halves of the scale 1.
+                "ties" => {
+                    for row in x.chunks_exact_mut(k).chain(w.chunks_exact_mut(k)) {
+                        row.iter_mut().for_each(|v| *v = (*v * 40.0).round().clamp(-253.0, 253.0) * 0.5);
+                        row[0] = 127.0;
+                    }
+                }
+                "lost" => {
+                    x[rng.below(m * k)] = rng.pick(&[f32::NAN, f32::INFINITY]);
+                    w[rng.below(n * k)] = rng.pick(&[f32::NAN, f32::NEG_INFINITY]);
+                }
+                _ => {}
+            }
+            let name = format!("gemm_int8 m={m} n={n} k={k} {kind}{}", if bias.is_some() { " bias" } else { "" });
+            cases.push((name, KernelCase::GemmInt8 { m, n, k, x, w, bias }));
         }
     }
     cases

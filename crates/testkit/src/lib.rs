@@ -6,5 +6,6 @@ pub mod cases;
 pub mod conformance;
 pub mod inputs;
 mod kernel_cases;
+pub mod model;
 pub mod poison;
 pub mod rng;

@@ -8,7 +8,7 @@ use lawson_core::{
     problem::{BlockProblem, Level, RopeLayout},
 };
 use lawson_testkit::{
-    cases::{edge_cases, quantised_cases, random_cases},
+    cases::{edge_cases, int8_weight_cases, quantised_cases, random_cases},
     conformance::{Report, check_blocks, check_kernel},
 };
 
@@ -26,7 +26,12 @@ fn check(run: impl Fn(&BlockProblem, &BlockData) -> Result<BlockOutput>, cases: 
 
 #[test]
 fn the_honest_reference_passes() {
-    let cases: Vec<_> = random_cases(3, 150).into_iter().chain(edge_cases()).chain(quantised_cases(4, 60)).collect();
+    let cases: Vec<_> = random_cases(3, 150)
+        .into_iter()
+        .chain(edge_cases())
+        .chain(quantised_cases(4, 60))
+        .chain(int8_weight_cases(6, 30))
+        .collect();
     let report = check(oracle::rounded, &cases);
     assert!(report.passed() && report.ran == 4 * cases.len(), "{report}");
 }
@@ -120,6 +125,7 @@ impl Backend for Honest {
             l2_bytes: 1,
             peak_flops: 1.0,
             bf16_peak_flops: 1.0,
+            int8_peak_flops: 1.0,
             bandwidth: 1.0,
             launch_seconds: 0.0,
         }
@@ -127,6 +133,7 @@ impl Backend for Honest {
     fn kernels(&self) -> Vec<KernelInfo> {
         let all = [
             KernelOp::Gemm,
+            KernelOp::GemmInt8,
             KernelOp::Norm,
             KernelOp::Rope,
             KernelOp::Softmax,
@@ -139,6 +146,7 @@ impl Backend for Honest {
         let narrow = |v: Vec<f64>| v.into_iter().map(|v| v as f32).collect::<Vec<_>>();
         let mut out = match case {
             KernelCase::Gemm { k, x, w, bias, .. } => narrow(oracle::gemm(x, w, bias.as_deref(), *k)),
+            KernelCase::GemmInt8 { k, x, w, bias, .. } => oracle::gemm_int8(x, w, bias.as_deref(), *k),
             KernelCase::Norm { x, weight, eps, .. } => narrow(oracle::rms_norm(x, weight, *eps)),
             KernelCase::Rope { head_dim, rotary_dim, layout, x, angles } => {
                 narrow(oracle::rope(x, *head_dim, *rotary_dim, *layout, angles))

@@ -7,8 +7,23 @@ use super::specs::Study;
 /// The flags of a shape with a cache that may hold something else than the compute type.
 const CACHED: [&str; 10] =
     ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--kv-dtype", "--causal"];
-/// The flags of a shape.
-const SHAPE: [&str; 9] = ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--causal"];
+/// The flags of a shape with weights and a cache that may hold something else than the compute type.
+const HELD: [&str; 11] = [
+    "--batch",
+    "--seq",
+    "--past",
+    "--hidden",
+    "--heads",
+    "--kv-heads",
+    "--head-dim",
+    "--dtype",
+    "--kv-dtype",
+    "--weights",
+    "--causal",
+];
+/// The flags of a shape with weights.
+const SHAPE: [&str; 10] =
+    ["--batch", "--seq", "--past", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--weights", "--causal"];
 
 /// What one study takes.
 struct Takes {
@@ -22,12 +37,14 @@ struct Takes {
 fn takes(study: Study, gpu: bool) -> Takes {
     use Level::{Maximal, Minimal, Moderate, Unfused};
     let (shape, own, levels): (&[&str], _, &[Level]) = match study {
-        Study::All | Study::Throughput => (&CACHED, Some("--memory"), &Level::ALL),
-        Study::Block => (&CACHED, None, &Level::ALL),
+        Study::All | Study::Throughput => (&HELD, Some("--memory"), &Level::ALL),
+        Study::Block => (&HELD, None, &Level::ALL),
         // Without a mask and without a past, as in the article.
-        Study::Qkv => {
-            (&["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype"], None, &[Unfused, Minimal])
-        }
+        Study::Qkv => (
+            &["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim", "--dtype", "--weights"],
+            None,
+            &[Unfused, Minimal],
+        ),
         // [B, H, S, past + S] scores in f32.
         Study::Softmax => (&["--batch", "--seq", "--past", "--heads"], None, &[Unfused, Minimal, Moderate]),
         // [B, S, H, D], on a GPU also the pass that appends k and v; in f32 on the CPU.
@@ -39,6 +56,7 @@ fn takes(study: Study, gpu: bool) -> Takes {
         Study::Rope => (&["--batch", "--seq", "--past", "--hidden", "--heads", "--head-dim"], None, &[Unfused, Maximal]),
         Study::Attention => (&CACHED, None, &[Unfused, Maximal]),
         Study::Decode => (&CACHED, None, &[Maximal]),
+        Study::Quality => (&["--checkpoint", "--tokens"], None, &[Maximal]),
         Study::Kernels => (&SHAPE, Some("--neighbours"), &[Maximal]),
     };
     Takes { shape, own, levels }

@@ -1,9 +1,6 @@
 //! Timing: forms of one computation in turn, each verified before and after, over outputs that are NaN before each call.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
 use lawson::{Result, machine::Memory};
 
@@ -73,16 +70,11 @@ pub fn time(f: impl FnOnce() -> Result<()>) -> Result<f64> {
 /// Below this a first call says little about the next ones.
 const SHORT: f64 = 0.05;
 
-/// Time for which threads of a peer may go on looking for work after a call, as OpenMP's do for milliseconds, on processors that the next
-/// call needs.
-const REST: Duration = Duration::from_millis(20);
-
 /// Calls with a cold cache.
 const COLD_CALLS: usize = 5;
 
 /// Verifies every form and peer, times those that are right in turn, and verifies the last timed output of each. Forms come first in
-/// the result, then peers. On a CPU peers share processors and caches with us and with one another: beside them each call, ours too, waits for threads
-/// to rest, and what is short is called once unseen before.
+/// the result, then peers.
 pub fn measure(session: &Session, forms: &mut dyn Forms, peers: &mut [PeerForm]) -> Result<Vec<Measured>> {
     measure_within(session, session.budget, forms, peers)
 }
@@ -92,7 +84,7 @@ pub fn measure_within(session: &Session, budget: Budget, forms: &mut dyn Forms, 
     let count = forms.count();
     let mut found = vec![Measured::default(); count + peers.len()];
     let mut seconds = vec![Vec::new(); found.len()];
-    let mut firsts = vec![0.0; found.len()];
+    let mut round = 0.0;
     for (i, m) in found.iter_mut().enumerate() {
         session.check()?;
         match i.checked_sub(count) {
@@ -103,19 +95,18 @@ pub fn measure_within(session: &Session, budget: Budget, forms: &mut dyn Forms, 
                 if first < SHORT {
                     first = forms.call(i)?;
                 }
-                firsts[i] = first;
+                round += first;
             }
             Some(p) => match peers[p].first(&*forms) {
                 Ok((first, checked)) => {
                     judge(m, checked);
-                    firsts[i] = first;
+                    round += first;
                 }
                 Err(e) => m.failed = Some(e.to_string()),
             },
         }
     }
-    let beside = !peers.is_empty() && found.len() > 1 && session.context.gpu().is_none();
-    let rounds = ((budget.seconds / firsts.iter().sum::<f64>().max(1e-9)) as usize).clamp(budget.least, budget.most);
+    let rounds = ((budget.seconds / round.max(1e-9)) as usize).clamp(budget.least, budget.most);
     for run in 0..rounds {
         let last = run + 1 == rounds;
         for i in 0..found.len() {
@@ -123,24 +114,15 @@ pub fn measure_within(session: &Session, budget: Budget, forms: &mut dyn Forms, 
             if found[i].failed.is_some() {
                 continue;
             }
-            if beside {
-                thread::sleep(REST);
-            }
-            // After one call of its own, what is short finds its own memory in the caches, and its threads awake.
-            let unseen = beside && firsts[i] < SHORT;
             match i.checked_sub(count) {
                 None => {
-                    if unseen {
-                        forms.poison(i, false)?;
-                        forms.call(i)?;
-                    }
                     forms.poison(i, last)?;
                     seconds[i].push(forms.call(i)?);
                     if last {
                         judge(&mut found[i], forms.verify(i)?);
                     }
                 }
-                Some(p) => match peers[p].again(&*forms, unseen, last) {
+                Some(p) => match peers[p].again(&*forms, last) {
                     Ok((time, checked)) => {
                         seconds[i].push(time);
                         checked.into_iter().for_each(|c| judge(&mut found[i], c));

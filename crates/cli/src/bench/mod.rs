@@ -25,11 +25,11 @@ use std::{
     process::ExitCode,
 };
 
-use lawson::{CacheDType, Context, DType, Error, ErrorKind, Level, Result};
+use lawson::{CacheDType, Context, DType, Error, ErrorKind, Level, Result, WeightKind, weights_on_gpu};
 
 use crate::{
     args::{self, Auto, Global},
-    output, report,
+    output, report, signals,
 };
 use measure::Budget;
 use peers::PeerKind;
@@ -45,6 +45,7 @@ Examples:
   lawson bench block --seq 1 --past 4096 --hidden 4096 --kv-heads 8 --dtype bf16
   lawson bench all --peers torch,ort --out report
   lawson bench kernels --preset article --neighbours 30
+  lawson bench quality --checkpoint tiny-llama --tokens valid.u16
 
 Writes index.html, which needs no other file, and results.json, in place of earlier ones.
 A flag or a level that means nothing to a study is refused with what the study takes.";
@@ -74,6 +75,12 @@ pub struct BenchArgs {
     /// Shapes near each kernel's own that `kernels` measures beside it, at most 1000: a token more or less, odd widths, other heads
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1000), allow_negative_numbers = true, default_value_t = 0)]
     neighbours: u16,
+    /// `quality`: a Hugging Face checkpoint folder (Llama, Mistral, Qwen2, Qwen3) with the whole model
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
+    /// `quality`: a text as token ids of 16 bits, little-endian; 8 windows of 512 are read, 32 with --preset article
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
     #[command(flatten)]
     shape: ShapeArgs,
 }
@@ -121,6 +128,9 @@ struct ShapeArgs {
     /// How the cache holds keys and values: f32, bf16, f16, int8 or int4 [default: the compute type]
     #[arg(long, value_name = "TYPE", value_parser = args::kv_dtype, conflicts_with = "preset")]
     kv_dtype: Option<Auto<CacheDType>>,
+    /// How the projections' weights are held: auto or int8 [default: in the compute type]
+    #[arg(long, value_name = "KIND", value_parser = args::weights, conflicts_with = "preset")]
+    weights: Option<Auto<WeightKind>>,
     /// Whether a token sees only those before it [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, conflicts_with = "preset")]
     causal: Option<bool>,
@@ -139,6 +149,7 @@ impl ShapeArgs {
             ("--head-dim", self.head_dim.is_some()),
             ("--dtype", self.dtype.is_some()),
             ("--kv-dtype", self.kv_dtype.is_some()),
+            ("--weights", self.weights.is_some()),
             ("--causal", self.causal.is_some()),
         ];
         flags.into_iter().filter(|f| f.1).map(|f| f.0).collect()
@@ -174,6 +185,7 @@ impl ShapeArgs {
             head_dim,
             dtype,
             kv_dtype: self.kv_dtype.and_then(|kv| kv.0).unwrap_or(dtype.into()),
+            weights: self.weights.and_then(|w| w.0).unwrap_or_default(),
             causal: self.causal.unwrap_or(true),
             rope: true,
         };
@@ -208,11 +220,17 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     let mut given = args.shape.given();
     given.extend(args.memory.map(|_| "--memory"));
     given.extend((args.neighbours > 0).then_some("--neighbours"));
+    given.extend(args.checkpoint.as_ref().map(|_| "--checkpoint"));
+    given.extend(args.tokens.as_ref().map(|_| "--tokens"));
     let context = global.context()?;
     flags::check(args.study, context.gpu().is_some(), &given, &args.levels)?;
+    if args.study == Study::Quality {
+        return quality(args, global, &context);
+    }
     let shape = args.shape.shape(args.study)?;
     if let (Some(shape), Some(_)) = (&shape, context.gpu()) {
         shape.kv_dtype.on_gpu().map_err(|e| e.at("--kv-dtype"))?;
+        weights_on_gpu(shape.weights).map_err(|e| e.at("--weights"))?;
     }
     check_writable(&args.out)?;
     let mut cases = match shape {
@@ -280,9 +298,42 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
             output::print(table::text(&rows[0].study, rows))?;
         }
         let [peak, bf16_peak] = [limits.peak_flops, limits.bf16_peak_flops].map(|v| report::gflops(v * 1e-9));
+        let int8_peak = limits.int8_peak_ops.map_or(String::new(), |v| format!(", int8 peak {}", report::gflops(v * 1e-9)));
         let bandwidth = limits.bandwidth * 1e-9;
-        output::print(format!("measured limits: f32 peak {peak}, bf16 peak {bf16_peak}, bandwidth {bandwidth:.1} GB/s"))?;
+        output::print(format!(
+            "measured limits: f32 peak {peak}, bf16 peak {bf16_peak}{int8_peak}, bandwidth {bandwidth:.1} GB/s"
+        ))?;
         report::varied(&results.machine).map_or(Ok(()), output::print)?;
+    }
+    finish(args, global, &results)
+}
+
+/// The study of quality, which measures no times.
+fn quality(args: &BenchArgs, global: &Global, context: &Context) -> Result<ExitCode> {
+    let needed = |flag: &str, value: &Option<PathBuf>| {
+        value.clone().ok_or_else(|| Error::invalid(format!("the study quality needs {flag}; see lawson bench --help")))
+    };
+    let (checkpoint, tokens) = (needed("--checkpoint DIR", &args.checkpoint)?, needed("--tokens FILE", &args.tokens)?);
+    if context.gpu().is_some() {
+        let text = "the study quality is of what the CPU quantises: --device cpu";
+        return Err(Error::new(ErrorKind::Unavailable, text));
+    }
+    check_writable(&args.out)?;
+    let bar = output::progress(0, "bench", global);
+    let step = |name: &str| {
+        bar.set_message(format!("quality: {name}"));
+        if signals::interrupted() {
+            return Err(Error::new(ErrorKind::Cancelled, "interrupted; no report was written"));
+        }
+        Ok(())
+    };
+    let windows = studies::quality::windows(args.preset);
+    let rows = studies::quality::run(context, &checkpoint, &tokens, windows, &step)?;
+    bar.finish_and_clear();
+    let results = Results { lawson: env!("CARGO_PKG_VERSION").to_owned(), machine: machine::describe(context), results: rows };
+    if !global.json {
+        output::print(format!("on {}", args::computes_on(context)))?;
+        output::print(table::text("quality", &results.results))?;
     }
     finish(args, global, &results)
 }
@@ -309,7 +360,7 @@ fn finish(args: &BenchArgs, global: &Global, results: &Results) -> Result<ExitCo
 
 /// Whether one of our own results was wrong.
 fn is_wrong(row: &Row) -> bool {
-    !row.level.starts_with("peer:") && row.median_ms.is_none()
+    !row.level.starts_with("peer:") && row.median_ms.is_none() && !row.mean_loss.is_some_and(f64::is_finite)
 }
 
 /// What the run shares, its limits not yet measured.
@@ -343,7 +394,7 @@ fn start<'a>(args: &BenchArgs, global: &'a Global, context: Context, cases: &[Ca
         global,
         levels,
         budget,
-        limits: Limits { peak_flops: 1.0, bf16_peak_flops: 1.0, bandwidth: 1.0 },
+        limits: Limits { peak_flops: 1.0, bf16_peak_flops: 1.0, int8_peak_ops: None, bandwidth: 1.0 },
         memory_limit: args.memory.unwrap_or(MEMORY),
         neighbours: args.neighbours.into(),
         peers,

@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, fs, path::PathBuf, rc::Rc};
 
-use lawson::{Context, Error, ErrorKind, Result};
+use lawson::{Context, Error, ErrorKind, Result, WeightKind};
 
 use super::{
     measure::{Forms, Measured},
@@ -43,11 +43,8 @@ impl PeerForm {
         Ok((seconds, self.output(forms)?))
     }
 
-    /// Seconds of another call, after an `unseen` one, and its errors when it is the last.
-    pub fn again(&mut self, forms: &dyn Forms, unseen: bool, last: bool) -> Result<(f64, Option<Checked>)> {
-        if unseen {
-            self.running()?.time_once()?;
-        }
+    /// Seconds of another call, and its errors when it is the last.
+    pub fn again(&mut self, forms: &dyn Forms, last: bool) -> Result<(f64, Option<Checked>)> {
         let seconds = self.running()?.time_once()?;
         Ok((seconds, if last { Some(self.output(forms)?) } else { None }))
     }
@@ -99,7 +96,9 @@ pub fn measured(context: &Context) -> &'static str {
 pub fn measures(kind: PeerKind, case: &Case, context: &Context) -> bool {
     // No peer takes new tokens behind a past in the study of attention.
     let behind = case.measured_by() == Study::Attention && case.shape.past > 0;
-    case.peers && !behind && !variants(context, case, kind).is_empty()
+    // They multiply in the compute dtype.
+    let int8 = case.shape.weights != WeightKind::Compute;
+    case.peers && !behind && !int8 && !variants(context, case, kind).is_empty()
 }
 
 /// Starts every variant of every installed peer on `case`; `inputs` gives name, shape and elements.

@@ -43,6 +43,8 @@ pub struct Machine {
     pub peak_gflops: Option<f64>,
     /// Measured bf16 peak of all threads, GFLOP/s.
     pub bf16_peak_gflops: Option<f64>,
+    /// Measured int8 peak of all threads' vectors, 10⁹ operations a second; none on a GPU.
+    pub int8_peak_gops: Option<f64>,
     /// Measured memory bandwidth of all threads, GB/s.
     pub bandwidth_gbps: Option<f64>,
     /// The least f32 peak of the run, GFLOP/s.
@@ -63,7 +65,7 @@ pub struct Machine {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Row {
-    /// `qkv`, `softmax`, `rope`, `attention`, `decode`, `block`, `throughput` or `kernels`.
+    /// `qkv`, `softmax`, `rope`, `attention`, `decode`, `block`, `throughput`, `kernels` or `quality`.
     pub study: String,
     /// `unfused`, `minimal`, `moderate`, `maximal`, or `peer:NAME`.
     pub level: String,
@@ -132,7 +134,8 @@ pub struct Row {
     pub speedup: Option<f64>,
     /// Share of the measured limit (peak or bandwidth) that binds, 0 to 1; `None` where it is exceeded, as by data in a cache.
     pub limit_share: Option<f64>,
-    /// `kernels`: GFLOP/s as a share of those of plain causal attention of the same type, timed in turn with it.
+    /// `kernels`: GFLOP/s as a share of those of plain causal attention of the same type, of the GEMM in bf16 for that with weights in int8, timed in
+    /// turn with it.
     pub plain_share: Option<f64>,
     /// `kernels`: median time of a loop of all threads that only reads the same bytes, in turn with the kernel, over the kernel's median;
     /// cache for attention, packed weights and cache for the block.
@@ -156,6 +159,13 @@ pub struct Row {
     pub sequences_fit: Option<u64>,
     /// `throughput`: the memory that `sequences_fit` assumes.
     pub memory_limit_bytes: Option<u64>,
+    /// `quality`: mean loss over the text, nats for each predicted token.
+    pub mean_loss: Option<f64>,
+    /// `quality`: mean loss over that of f32, less 1.
+    pub loss_change: Option<f64>,
+    /// `quality`: of each layer, ‖attention − attention in f32‖ / ‖attention in f32‖, on the same input.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layer_errors: Vec<f64>,
     /// The plan's steps, one by one.
     pub steps_table: Vec<StepRow>,
     /// Something the reader must know: a batch scaled down, a peer that is not installed.

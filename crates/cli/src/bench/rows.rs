@@ -1,6 +1,6 @@
 //! From measurements to rows of `results.json`.
 
-use lawson::{BlockPlan, DType, Result};
+use lawson::{BlockPlan, DType, Result, WeightKind};
 
 use super::{
     measure::Measured,
@@ -26,7 +26,10 @@ pub fn base(session: &Session, case: &Case, level: &str) -> Row {
         device: session.context.device().to_string(),
         dtype: s.dtype.to_string(),
         kv_dtype: cached.then(|| s.kv_dtype.to_string()),
-        weights: block.then(|| s.dtype.to_string()),
+        weights: block.then(|| match s.weights {
+            WeightKind::Compute => s.dtype.to_string(),
+            other => other.to_string(),
+        }),
         batch: Some(s.batch),
         seq: Some(s.seq),
         // The cache of decode attention holds the new token's row already.
@@ -88,6 +91,8 @@ pub struct Limits {
     pub peak_flops: f64,
     /// Operations per second on bf16.
     pub bf16_peak_flops: f64,
+    /// Operations per second on int8, on a CPU.
+    pub int8_peak_ops: Option<f64>,
     /// Bytes per second.
     pub bandwidth: f64,
 }
@@ -100,12 +105,20 @@ impl Limits {
     pub fn measure(session: &Session) -> Result<Self> {
         let peak = |dtype| session.context.measure_peak(dtype);
         let bandwidth = session.context.measure_bandwidth()?;
-        Ok(Limits { peak_flops: peak(DType::F32)?, bf16_peak_flops: peak(DType::BF16)?, bandwidth })
+        let int8_peak_ops = session.context.gpu().is_none().then(|| session.context.measure_int8_peak());
+        Ok(Limits { peak_flops: peak(DType::F32)?, bf16_peak_flops: peak(DType::BF16)?, int8_peak_ops, bandwidth })
     }
 
-    /// Operations per second that bind.
+    /// Operations per second on elements that are bf16 or not.
     pub fn peak(self, bf16: bool) -> f64 {
         if bf16 { self.bf16_peak_flops } else { self.peak_flops }
+    }
+
+    /// Operations per second that bind `row`: with weights in int8 those of the projections, which the rest of a block does not reach.
+    fn peak_of(self, row: &Row) -> f64 {
+        let own = self.peak(row.dtype == DType::BF16.name());
+        let int8 = row.weights.as_deref() == Some("int8");
+        self.int8_peak_ops.filter(|_| int8).map_or(own, |ops| own.max(ops))
     }
 
     /// The greater of each: what else ran on the machine can only lower a measurement.
@@ -113,6 +126,7 @@ impl Limits {
         Limits {
             peak_flops: self.peak_flops.max(other.peak_flops),
             bf16_peak_flops: self.bf16_peak_flops.max(other.bf16_peak_flops),
+            int8_peak_ops: self.int8_peak_ops.zip(other.int8_peak_ops).map(|(a, b)| a.max(b)),
             bandwidth: self.bandwidth.max(other.bandwidth),
         }
     }
@@ -122,6 +136,7 @@ impl Limits {
         Limits {
             peak_flops: self.peak_flops.min(other.peak_flops),
             bf16_peak_flops: self.bf16_peak_flops.min(other.bf16_peak_flops),
+            int8_peak_ops: self.int8_peak_ops.zip(other.int8_peak_ops).map(|(a, b)| a.min(b)),
             bandwidth: self.bandwidth.min(other.bandwidth),
         }
     }
@@ -131,6 +146,7 @@ impl Limits {
         let billions = |v: f64| Some(v * 1e-9);
         machine.peak_gflops = billions(self.peak_flops);
         machine.bf16_peak_gflops = billions(self.bf16_peak_flops);
+        machine.int8_peak_gops = self.int8_peak_ops.and_then(billions);
         machine.bandwidth_gbps = billions(self.bandwidth);
         machine.peak_gflops_least = billions(lowest.peak_flops);
         machine.bf16_peak_gflops_least = billions(lowest.bf16_peak_flops);
@@ -140,8 +156,7 @@ impl Limits {
     /// Fills in each row's share of the limit that binds; none where it is exceeded, as by data that stays in a cache.
     pub fn fill_shares(self, rows: &mut [Row]) {
         for row in rows {
-            let bf16 = row.dtype == DType::BF16.name();
-            let compute = row.gflops.map_or(0.0, |v| v * 1e9 / self.peak(bf16));
+            let compute = row.gflops.map_or(0.0, |v| v * 1e9 / self.peak_of(row));
             row.limit_share = row.gbps.map(|v| compute.max(v * 1e9 / self.bandwidth)).filter(|&s| s <= 1.0);
         }
     }

@@ -20,11 +20,12 @@ fn shape(row: &Row) -> String {
     }
     parts.extend(row.head_dim.filter(|&d| d != HEAD_DIM).map(|d| format!("D {d}")));
     parts.push(row.dtype.clone());
+    parts.extend(row.weights.iter().filter(|w| **w != row.dtype).map(|w| format!("{w} weights")));
     parts.extend(row.kv_dtype.iter().filter(|kv| **kv != row.dtype).map(|kv| format!("{kv} cache")));
     parts.join(" ")
 }
 
-const COLUMNS: [Column; 15] = [
+const COLUMNS: [Column; 18] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
     ("cold cache", |r| r.cold_ms.map(|ms| output::seconds(ms / 1e3))),
@@ -46,6 +47,9 @@ const COLUMNS: [Column; 15] = [
         r.tokens_per_s.map(|t| format!("{t:.0}{fit}"))
     }),
     ("rel. error", |r| r.rel_err.map(|e| format!("{e:.1e}"))),
+    ("mean loss", |r| r.mean_loss.map(|v| format!("{v:.5}"))),
+    ("change", |r| r.loss_change.map(|v| format!("{:+.3} %", v * 100.0))),
+    ("worst layer", |r| r.layer_errors.iter().copied().reduce(f64::max).map(|e| format!("{e:.1e}"))),
 ];
 
 /// Columns that go where a table is too wide, in this order: first those that others imply.

@@ -30,6 +30,7 @@ pub fn shape(row: &Row) -> String {
         parts.extend(row.head_dim.map(|d| format!("D\u{a0}{d}")));
     }
     parts.push(row.dtype.clone());
+    parts.extend(row.weights.iter().filter(|w| **w != row.dtype).map(|w| format!("{w} weights")));
     parts.join(" ")
 }
 
@@ -52,7 +53,10 @@ fn limit_bars(run: &Run<'_>, rows: &[&Row], dtype: &str) -> Option<Figure> {
             let name = name(row);
             let label = match *kind {
                 _ if is_peer(row) => name,
-                "gemm" => row.hidden.map_or(name, |e| format!("E {e}")),
+                "gemm" => {
+                    let int8 = if row.weights.as_deref() == Some("int8") { ", int8" } else { "" };
+                    row.hidden.map_or(name, |e| format!("E {e}{int8}"))
+                }
                 _ => match name.trim_start_matches("attention ") {
                     short @ ("full" | "causal") => {
                         let (seq, dim) = (row.seq.unwrap_or(0), row.head_dim.unwrap_or(0));
@@ -151,7 +155,7 @@ pub fn kernels(run: &Run<'_>) -> Section {
         blocks = absent("each hot kernel alone", "kernels");
     } else {
         let text = "Each kernel at maximal as a share of the limit that binds it. Of plain: its GFLOP/s beside those of plain causal \
-            attention in turn with it; only visible pairs count as work. Of a read loop: the time in which the same threads \
+            attention in turn with it (only visible pairs count as work), or of a GEMM with int8 weights beside that in bf16. Of a read loop: the time in which the same threads \
             only read the same cache, or weights and cache, over the kernel's. Of its bound: the greater of that time and of the time that the \
             operations take at the f32 peak, since many heads that share a cache leave arithmetic to bind; cold goes through copies of the cache that \
             together exceed four times the last-level cache. Peers stand below the plain form that they compute. Neighbours are seeded shapes near a kernel's own: GFLOP/s as a share of its.";

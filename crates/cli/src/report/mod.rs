@@ -7,6 +7,7 @@ mod format;
 mod kernels;
 mod model;
 mod page;
+mod quality;
 mod sections;
 mod studies;
 mod summary;
@@ -45,6 +46,7 @@ pub fn render(results: &Results) -> String {
     let mut sections: Vec<Section> = vec![sections::machine(machine), sections::block(&run), sections::length(&run)];
     sections.extend(studies::studies(&run));
     sections.push(kernels::kernels(&run));
+    sections.push(quality::quality(&run));
     sections.extend([sections::roofline(&run), sections::steps(&run), sections::errors(&run), sections::method(&run)]);
     let page = Page {
         version: results.lawson.clone(),

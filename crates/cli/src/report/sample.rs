@@ -20,6 +20,7 @@ pub fn machine() -> Machine {
         memory_bytes: Some(16 << 30),
         peak_gflops: Some(409.0),
         bf16_peak_gflops: Some(880.0),
+        int8_peak_gops: Some(1600.0),
         bandwidth_gbps: Some(24.3),
         peak_gflops_least: Some(402.0),
         bf16_peak_gflops_least: Some(871.0),
@@ -251,7 +252,28 @@ pub fn full() -> Results {
         }
     }
     rows.extend(kernels());
+    rows.extend(quality());
     Results { lawson: "0.1.0".to_owned(), machine: machine(), results: rows }
+}
+
+/// Rows of `lawson bench quality`.
+pub fn quality() -> Vec<Row> {
+    let of = |(variant, change, error): (&str, f64, f64)| Row {
+        variant: Some(variant.to_owned()),
+        mean_loss: Some(1.879 * (1.0 + change)),
+        loss_change: Some(change),
+        layer_errors: (0..6).map(|i| error * (1.0 + 0.1 * f64::from(i))).collect(),
+        batch: Some(32),
+        seq: Some(512),
+        ..Row { study: "quality".to_owned(), level: "maximal".to_owned(), dtype: "f32".to_owned(), ..Row::default() }
+    };
+    let forms = [
+        ("f32", 0.0, 0.0),
+        ("int8 weights", 0.0003, 0.012),
+        ("int4 cache", 0.011, 0.08),
+        ("int8 weights, int8 cache", 0.0004, 0.014),
+    ];
+    forms.map(of).to_vec()
 }
 
 /// Rows of `lawson bench kernels --neighbours 30`.

@@ -64,6 +64,7 @@ pub fn machine(m: &Machine) -> Section {
     fact("Memory", bytes(m.memory_bytes));
     fact("Measured peak, f32", m.peak_gflops.filter(|v| v.is_finite()).map(format::gflops));
     fact("Measured peak, bf16", m.bf16_peak_gflops.filter(|v| v.is_finite()).map(format::gflops));
+    fact("Measured peak, int8", m.int8_peak_gops.filter(|v| v.is_finite()).map(format::gflops));
     let bandwidth = m.bandwidth_gbps.filter(|v| v.is_finite());
     fact("Measured bandwidth", bandwidth.map(|v| format!("{} GB/s", format::sig3(v))));
     fact("System", m.os.clone());
@@ -188,7 +189,9 @@ pub fn remarks(rows: &[&Row]) -> Option<Block> {
 
 /// The peak that binds a row, and the dtype it was measured with.
 fn peak_of(row: &Row, m: &Machine) -> (&'static str, Option<f64>) {
-    if row.dtype == lawson::DType::BF16.name() && m.bf16_peak_gflops.is_some() {
+    if row.weights.as_deref() == Some("int8") && m.int8_peak_gops.is_some() {
+        ("int8", m.int8_peak_gops)
+    } else if row.dtype == lawson::DType::BF16.name() && m.bf16_peak_gflops.is_some() {
         ("bf16", m.bf16_peak_gflops)
     } else {
         ("f32", m.peak_gflops)

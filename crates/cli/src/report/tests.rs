@@ -2,7 +2,7 @@ use crate::bench::record::{Results, Row};
 
 use super::{MARK, format, render, sample, varied};
 
-const SECTIONS: [&str; 16] = [
+const SECTIONS: [&str; 17] = [
     "summary",
     "machine",
     "block",
@@ -15,6 +15,7 @@ const SECTIONS: [&str; 16] = [
     "study-decode",
     "study-throughput",
     "study-kernels",
+    "study-quality",
     "roofline",
     "steps",
     "errors",
@@ -86,6 +87,8 @@ fn the_full_page_has_every_section_filled() {
         "f32 peak 409 GFLOP/s",
         "bf16 peak 880 GFLOP/s",
         "8488C",
+        "int8 weights, int8 cache",
+        "+0.04 %",
     ] {
         assert!(page.contains(text), "{text}");
     }
@@ -119,7 +122,7 @@ fn a_run_on_a_gpu_fills_the_same_sections() {
 #[test]
 fn one_study_alone_gives_a_page_that_says_what_is_missing() {
     let page = checked(&sample::attention_only());
-    assert_eq!(page.matches("Not in this run").count(), 9);
+    assert_eq!(page.matches("Not in this run").count(), 10);
     assert!(page.contains("lawson bench decode"));
     assert!(headline(&page).contains("tiling the attention does not save time"), "{}", headline(&page));
 }
@@ -128,7 +131,7 @@ fn one_study_alone_gives_a_page_that_says_what_is_missing() {
 fn a_single_row_an_empty_run_and_empty_rows_give_pages() {
     checked(&sample::single());
     assert_eq!(headline(&checked(&Results::default())), "This run has no measurements.");
-    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput", "kernels", "unheard-of"];
+    let studies = ["block", "qkv", "softmax", "rope", "attention", "decode", "throughput", "kernels", "quality", "unheard-of"];
     let bare = |study: &&str| Row { study: (*study).to_owned(), ..Row::default() };
     checked(&Results { results: studies.iter().map(bare).collect(), ..Results::default() });
 }
@@ -139,6 +142,8 @@ fn useless_numbers_draw_nothing_and_break_nothing() {
     let bad = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -1.0, 1e308, 5e-324];
     for (i, row) in results.results.iter_mut().enumerate() {
         let v = Some(bad[i % bad.len()]);
+        (row.mean_loss, row.loss_change) = (v, v);
+        row.layer_errors.extend(v);
         (row.median_ms, row.p10_ms, row.gflops, row.gbps, row.tokens_per_s, row.speedup, row.max_abs_err) = (v, v, v, v, v, v, v);
         (row.plain_share, row.read_share, row.bound_share, row.limit_share) = (v, v, v, v);
         (row.neighbours_least, row.neighbours_median) = (v, v);

@@ -274,6 +274,9 @@ mod tests {
         fn other(&self, _: &BlockProblem) -> usize {
             0
         }
+        fn codes(&self, _: usize, _: usize) -> usize {
+            0
+        }
     }
 
     fn machine(kind: DeviceKind) -> MachineProfile {
@@ -286,6 +289,7 @@ mod tests {
             l2_bytes: 50 << 20,
             peak_flops: 6e13,
             bf16_peak_flops: 9e14,
+            int8_peak_flops: 1.8e15,
             bandwidth: 3e12,
             launch_seconds: 2e-6,
         }

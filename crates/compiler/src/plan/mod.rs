@@ -3,7 +3,7 @@
 mod gpu;
 
 use lawson_core::{
-    DType, Error, Result,
+    DType, Error, ErrorKind, Result, WeightKind,
     kernel::{DeviceKind, KernelInfo, KernelOp, MachineProfile},
     plan::{BlockPlan, Buffer, BufferName, Op, Operand, Part, Projection, Rejected, Stage, Step, TiledAttention},
     problem::{AttentionProblem, BlockProblem, Level, RopeLayout, pages_need_a_gpu},
@@ -22,6 +22,8 @@ pub trait Scratch {
     fn attention(&self, problem: &BlockProblem, query_tile: usize) -> usize;
     /// Of every other step.
     fn other(&self, problem: &BlockProblem) -> usize;
+    /// Bytes of the buffer that holds `rows` tokens of `width` columns in int8.
+    fn codes(&self, rows: usize, width: usize) -> usize;
 }
 
 /// Tokens of a row block at `maximal`: enough rows to pay for streaming the weights, few enough that q and the attention's result stay
@@ -105,6 +107,7 @@ impl Planner<'_> {
         }
         if self.machine.kind == DeviceKind::Gpu {
             problem.kv_dtype.on_gpu()?;
+            weights_on_gpu(problem.weights)?;
         }
         let mut d = Draft {
             planner: self,
@@ -217,6 +220,15 @@ impl Draft<'_> {
         self.row_block.map_or(self.tokens(), |r| r.min(self.tokens()))
     }
 
+    fn int8(&self) -> bool {
+        self.problem.weights == WeightKind::Int8
+    }
+
+    /// The kernel of projections on a CPU.
+    fn projection_kernel(&self) -> KernelOp {
+        if self.int8() { KernelOp::GemmInt8 } else { KernelOp::Gemm }
+    }
+
     fn on_gpu(&self) -> bool {
         self.planner.machine.kind == DeviceKind::Gpu
     }
@@ -255,6 +267,10 @@ impl Draft<'_> {
                     Some(k) if k.dtypes == [p.dtype] => (rows * width.next_multiple_of(32), p.dtype),
                     _ => (rows * width, DType::F32),
                 }
+            }
+            BufferName::Codes => {
+                let width = p.spec.hidden_size.max(a.q_dim());
+                (self.planner.scratch.codes(rows, width).div_ceil(DType::F32.size()), DType::F32)
             }
             BufferName::Q => (rows * a.q_dim(), self.unturned()),
             BufferName::K => (rows * a.kv_dim(), self.unturned()),
@@ -305,7 +321,7 @@ impl Draft<'_> {
         if let Op::Projection(p) = op
             && !self.on_gpu()
         {
-            self.touch(Operand::Buffer(BufferName::Packed));
+            self.touch(Operand::Buffer(if self.int8() { BufferName::Codes } else { BufferName::Packed }));
             self.scratch = self.scratch.max(self.planner.scratch.gemm(self.problem, p.row_tile));
         }
         if let Op::Attention(t) = op {
@@ -325,7 +341,10 @@ impl Draft<'_> {
             writes: writes.to_vec(),
             flops: cost.flops,
             bytes: cost.bytes,
-            seconds: cost.seconds(self.planner.machine, dtype),
+            seconds: match kernel {
+                KernelOp::GemmInt8 => cost.seconds_at(self.planner.machine, self.planner.machine.int8_peak_flops),
+                _ => cost.seconds(self.planner.machine, dtype),
+            },
             why: why.into(),
         };
         if let Some(stage) = self.stages.last_mut() {
@@ -373,7 +392,9 @@ impl Draft<'_> {
             Operand::Weights => match op {
                 Op::Projection(x) => {
                     let blocks = self.row_block.map_or(1, |r| self.tokens().div_ceil(r));
-                    e * columns(x.part) * p.dtype.size() as f64 * blocks as f64
+                    // o has as many elements with n and k exchanged; its scales are those of E outputs.
+                    let (n, k) = if x.part == Part::O { (e, a.q_dim()) } else { (columns(x.part), p.spec.hidden_size) };
+                    p.weights.bytes(n as usize, k, p.dtype.size()) * blocks as f64
                 }
                 _ => 0.0,
             },
@@ -404,7 +425,7 @@ impl Draft<'_> {
 
     /// Rows of a GEMM's work item: as many as keep its result tile in second-level cache, evenly, fewer when there would be too few items.
     fn row_tile(&self, columns: usize) -> usize {
-        let mr = self.tile(KernelOp::Gemm).0;
+        let mr = self.tile(self.projection_kernel()).0;
         let column_tiles = columns.div_ceil(GEMM_TILE);
         // Each element sums over k in the same order whatever the tile, so that this may depend on the threads.
         let enough = (4 * self.planner.machine.threads).div_ceil(column_tiles);
@@ -441,7 +462,7 @@ impl Draft<'_> {
         if p.residual {
             reads.push(Operand::X);
         }
-        self.step(Op::Projection(p), KernelOp::Gemm, &reads, &writes, why);
+        self.step(Op::Projection(p), self.projection_kernel(), &reads, &writes, why);
     }
 
     /// Whether a step that appends keys puts them aside, since the cache takes whole groups.
@@ -664,6 +685,20 @@ impl Draft<'_> {
                 what: format!("row blocks of {most}"),
                 why: "the call has no more tokens than one block".into(),
             });
+        }
+    }
+}
+
+/// Whether a GPU has kernels for weights that are held so.
+///
+/// # Errors
+/// `Unavailable` for int8.
+pub fn weights_on_gpu(weights: WeightKind) -> Result<()> {
+    match weights {
+        WeightKind::Compute => Ok(()),
+        other => {
+            let text = format!("weights of {other} are not yet available on a GPU; accepted there: auto");
+            Err(Error::new(ErrorKind::Unavailable, text))
         }
     }
 }

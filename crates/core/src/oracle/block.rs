@@ -2,11 +2,12 @@
 
 use super::{
     attention::{Bent, CacheRows, KvSlices, attend_row, check_bent, check_len, check_optional, store},
+    int8::Int8Matrix,
     number::Number,
     ops::{norm_row, project_row, rope_row},
 };
 use crate::{
-    CacheDType, DType, Error, Result,
+    CacheDType, DType, Error, Result, WeightKind,
     data::{BlockData, BlockOutput},
     problem::{AttentionProblem, BlockProblem, RopeFrequencies},
 };
@@ -21,6 +22,8 @@ pub struct BlockRows<'a, N> {
     /// What intermediates are rounded to, and the cache after that; nothing is rounded when `None`.
     compute: Option<DType>,
     cache: Option<CacheDType>,
+    /// Weights of q, k, v and o in int8, where intermediates are rounded and the problem says so.
+    int8: Option<[Int8Matrix; 4]>,
     number: std::marker::PhantomData<N>,
 }
 
@@ -39,7 +42,7 @@ pub struct OracleOutput {
 }
 
 /// The block as an honest implementation at the problem's dtypes computes it: f32 accumulation; h, q, k, v, p, o and y each rounded
-/// once to the compute dtype, k and v then to the cache's, quantised where that is.
+/// once to the compute dtype, k and v then to the cache's, quantised where that is; projections in int8 where the problem says so.
 ///
 /// # Errors
 /// As [`Oracle::new`].
@@ -88,7 +91,12 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
         let head_dim = problem.spec.attention.head_dim;
         let rope = problem.spec.rope.as_ref().map(|r| r.frequencies(head_dim, problem.batch.max_len()));
         let attention = problem.attention();
-        Ok(BlockRows { problem, attention, data, rope, compute, cache, number: std::marker::PhantomData })
+        let int8 = (compute.is_some() && problem.weights == WeightKind::Int8).then(|| {
+            let (e, q_dim) = (problem.spec.hidden_size, problem.spec.attention.q_dim());
+            let weights = [(&data.q_weight, e), (&data.k_weight, e), (&data.v_weight, e), (&data.o_weight, q_dim)];
+            weights.map(|(w, k)| Int8Matrix::new(w, k))
+        });
+        Ok(BlockRows { problem, attention, data, rope, compute, cache, int8, number: std::marker::PhantomData })
     }
 
     /// x of token `t` as the projections see it, `[E]`.
@@ -98,6 +106,14 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
         match (&self.data.input_norm, self.problem.spec.input_norm) {
             (Some(w), Some(eps)) => norm_row(&x, w, eps.get()).into_iter().map(|v| store(v, self.compute)).collect(),
             _ => x,
+        }
+    }
+
+    /// x·Wᵀ + bias of one row, of the projection of q, k, v or o by its number.
+    fn project(&self, which: usize, x: &[N], w: &[f32], bias: Option<&[f32]>) -> Vec<N> {
+        match &self.int8 {
+            Some(matrices) => matrices[which].project_row(x, bias),
+            None => project_row(x, w, bias),
         }
     }
 
@@ -119,7 +135,7 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
 
     /// The query of token `t`, normed and rotated, [H·D].
     pub fn q_row(&self, t: usize) -> Vec<N> {
-        let mut q = project_row(&self.h_row(t), &self.data.q_weight, self.data.q_bias.as_deref());
+        let mut q = self.project(0, &self.h_row(t), &self.data.q_weight, self.data.q_bias.as_deref());
         self.norm_and_turn(t, &mut q, self.data.q_norm.as_ref());
         q.into_iter().map(|v| store(v, self.compute)).collect()
     }
@@ -127,9 +143,9 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
     /// The key, normed and rotated, and the value of token `t`, each [G·D]; not quantised.
     pub fn kv_row(&self, t: usize) -> (Vec<N>, Vec<N>) {
         let h = self.h_row(t);
-        let mut k = project_row(&h, &self.data.k_weight, self.data.k_bias.as_deref());
+        let mut k = self.project(1, &h, &self.data.k_weight, self.data.k_bias.as_deref());
         self.norm_and_turn(t, &mut k, self.data.k_norm.as_ref());
-        let v = project_row(&h, &self.data.v_weight, self.data.v_bias.as_deref());
+        let v = self.project(2, &h, &self.data.v_weight, self.data.v_bias.as_deref());
         let elements = self.cache.and_then(CacheDType::elements);
         let append = |row: Vec<N>| row.into_iter().map(|v| store(store(v, self.compute), elements)).collect();
         (append(k), append(v))
@@ -145,7 +161,7 @@ impl<'a, N: Number + Into<f64>> BlockRows<'a, N> {
     /// y of token `t` from its attention `attention_row` [H·D]; gives `[E]`.
     pub fn output_row(&self, t: usize, attention_row: &[N]) -> Vec<N> {
         let e = self.problem.spec.hidden_size;
-        let mut y = project_row(attention_row, &self.data.o_weight, self.data.o_bias.as_deref());
+        let mut y = self.project(3, attention_row, &self.data.o_weight, self.data.o_bias.as_deref());
         if self.problem.spec.residual {
             y.iter_mut().zip(&self.data.x[t * e..]).for_each(|(y, &x)| *y += N::from_f64(x.into()));
         }

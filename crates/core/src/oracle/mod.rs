@@ -6,10 +6,12 @@
 
 mod attention;
 mod block;
+mod int8;
 mod number;
 mod ops;
 
 pub use attention::{AttentionInput, CacheRows, KvSlices, attention, attention_rounded};
 pub use block::{BlockRows, Oracle, OracleOutput, rounded, rounded_over_cache};
+pub use int8::gemm_int8;
 pub use number::Number;
 pub use ops::{gemm, rms_norm, rope, softmax};

@@ -11,7 +11,7 @@ pub use real::Real;
 pub use rope::{RopeFrequencies, RopeLayout, RopeScaling, RopeSpec, Yarn};
 pub use spec::{AttentionSpec, Biases, BlockSpec};
 
-use crate::{CacheDType, DType, Error, ErrorKind, Result};
+use crate::{CacheDType, DType, Error, ErrorKind, Result, WeightKind, int8::check_inputs};
 
 /// New tokens and valid past rows of every sequence of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -107,6 +107,8 @@ pub struct BlockProblem {
     pub mask: Option<MaskShape>,
     /// Compute dtype: of weights, x, y and the buffers between steps.
     pub dtype: DType,
+    /// How the projections' weights are held.
+    pub weights: WeightKind,
     /// How the cache holds its elements.
     pub kv_dtype: CacheDType,
     /// Rows of a page where the cache lies in pages, one of [`PAGE_SIZES`]; contiguous when `None`.
@@ -155,7 +157,7 @@ const MAX_BYTES: u128 = 1 << 46;
 impl BlockProblem {
     /// A problem without an arbitrary mask, its cache contiguous and in the compute dtype.
     pub fn new(spec: BlockSpec, batch: Lengths, dtype: DType) -> Self {
-        BlockProblem { spec, batch, mask: None, dtype, kv_dtype: dtype.into(), page_size: None }
+        BlockProblem { spec, batch, mask: None, dtype, weights: WeightKind::Compute, kv_dtype: dtype.into(), page_size: None }
     }
 
     /// The attention of this block.
@@ -177,10 +179,21 @@ impl BlockProblem {
         self.spec.validate()?;
         self.attention().validate()?;
         self.page_size.map_or(Ok(()), check_page_size)?;
+        if self.weights == WeightKind::Int8 {
+            [self.spec.hidden_size, self.spec.attention.q_dim()].into_iter().try_for_each(check_inputs)?;
+        }
         let (e, tokens) = (self.spec.hidden_size as u128, token_count(&self.batch));
         let widest = e.max(self.spec.attention.qkv_dim() as u128);
         check_size("x, q or y", tokens, widest)?;
         check_size("the QKV weight", e, self.spec.attention.qkv_dim() as u128)
+    }
+
+    /// The dtype that the weights of projections are rounded to before anything else: that of their elements; none where they become codes.
+    pub fn stored_weights(&self) -> DType {
+        match self.weights {
+            WeightKind::Compute => self.dtype,
+            WeightKind::Int8 => DType::F32,
+        }
     }
 
     /// Floating-point operations: the projections, and 4·D for each visible (query, key, head). The same at every level.
@@ -195,7 +208,10 @@ impl BlockProblem {
         let a = &self.spec.attention;
         let (t, e) = (self.batch.tokens(), self.spec.hidden_size);
         let rows: usize = (0..self.batch.sequences()).map(|b| self.batch.past[b] + self.batch.new[b]).sum();
-        ((e * (a.qkv_dim() + a.q_dim()) + 2 * t * e) * self.dtype.size()) as f64
+        let size = self.dtype.size();
+        self.weights.bytes(a.qkv_dim(), e, size)
+            + self.weights.bytes(e, a.q_dim(), size)
+            + (2 * t * e * size) as f64
             + (rows * a.kv_heads) as f64 * self.kv_dtype.row_bytes(a.head_dim)
     }
 }

@@ -9,7 +9,7 @@ use super::{
     AttentionProblem, AttentionSpec, Biases, BlockProblem, BlockSpec, Lengths, MaskShape, Real, RopeLayout, RopeScaling,
     RopeSpec, Yarn,
 };
-use crate::{CacheDType, DType, Error, Result};
+use crate::{CacheDType, DType, Error, Result, WeightKind};
 
 /// Most sequences that a line may ask for; bounds what parsing allocates.
 const MAX_SEQUENCES: usize = 1 << 20;
@@ -18,7 +18,7 @@ const MAX_SEQUENCES: usize = 1 << 20;
 const DEFAULT_THETA: f64 = 10000.0;
 
 const BLOCK_TOKENS: &str = "b= s= past= e= h= d= causal full window= scale= softcap= sinks alibi mask mask= qk_norm= input_norm= \
-     residual bias= rope= f32 bf16 f16 kv= page=";
+     residual bias= rope= f32 bf16 f16 weights= kv= page=";
 const ATTENTION_TOKENS: &str = "b= s= past= h= d= causal full window= scale= softcap= sinks alibi mask mask= f32 bf16 f16 kv=";
 
 // Printing
@@ -88,6 +88,9 @@ impl Display for BlockProblem {
         }
         spec.rope.as_ref().map_or(Ok(()), |r| write!(f, " rope={r}"))?;
         write_dtypes(f, self.dtype, self.kv_dtype)?;
+        if self.weights != WeightKind::Compute {
+            write!(f, " weights={}", self.weights)?;
+        }
         self.page_size.map_or(Ok(()), |rows| write!(f, " page={rows}"))
     }
 }
@@ -219,6 +222,7 @@ struct Fields {
     biases: Option<Biases>,
     rope: Option<RopeSpec>,
     dtype: Option<DType>,
+    weights: Option<WeightKind>,
     kv: Option<CacheDType>,
     page: Option<usize>,
 }
@@ -277,6 +281,7 @@ impl Fields {
             "residual" => set(&mut self.residual, token, true),
             "bias=" => set(&mut self.biases, token, biases(token, value)?),
             "rope=" => set(&mut self.rope, token, value.parse().map_err(|e: Error| e.at("rope"))?),
+            "weights=" => set(&mut self.weights, token, value.parse().map_err(|e: Error| e.at(quote(token)))?),
             "kv=" => set(&mut self.kv, token, value.parse().map_err(|e: Error| e.at(quote(token)))?),
             "page=" => set(&mut self.page, token, integer(token, value)?),
             _ => choose(&mut self.dtype, token, name.parse()?, "f32, bf16, f16"),
@@ -368,7 +373,8 @@ impl FromStr for BlockProblem {
         };
         let kv_dtype = fields.kv.unwrap_or(dtype.into());
         let batch = fields.batch()?;
-        let problem = BlockProblem { spec, batch, mask: fields.mask, dtype, kv_dtype, page_size: fields.page };
+        let (weights, mask, page_size) = (fields.weights.unwrap_or_default(), fields.mask, fields.page);
+        let problem = BlockProblem { spec, batch, mask, dtype, weights, kv_dtype, page_size };
         problem.validate()?;
         Ok(problem)
     }

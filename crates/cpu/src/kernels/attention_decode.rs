@@ -183,7 +183,7 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
     }
 }
 
-/// Dimensions that lie in the order of [`Elem::load_two`] in q and in the result so far: those of whole pairs of vectors.
+/// Dimensions that lie in the order of [`Load::load_two`] in q and in the result so far: those of whole pairs of vectors.
 const fn paired<S: Simd>(d: usize) -> usize {
     d / (2 * S::LANES) * 2 * S::LANES
 }

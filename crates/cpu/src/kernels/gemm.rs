@@ -17,7 +17,7 @@ use super::{
     rows::{CacheRows, Place, Rows, load_row, load_vector, places, round_row, store_row, with_elem},
     tile::{Tile, UNROLL, column_fetching},
 };
-use crate::simd::{DOT_STEPS, DotState, DotTile, Elem, Simd};
+use crate::simd::{DOT_STEPS, DotState, DotTile, Elem, INT8_BLOCK, Simd};
 
 /// Bytes of x that stay in second-level cache beside the weights that are streamed through it.
 const SMALL_X: usize = 512 << 10;
@@ -30,7 +30,8 @@ const AHEAD: usize = 8;
 
 /// A packed weight matrix [n, k]: column tiles of `tile_columns` outputs; each a row of panels of 2·LANES outputs, padded with
 /// zeros to whole panels; a panel holds its outputs of step 0, then of step 1 and so on. For dot products k is padded with zeros to whole
-/// blocks and a panel holds the pairs of steps 0 and 1 of its outputs, then of steps 2 and 3 and so on.
+/// blocks and a panel holds the pairs of steps 0 and 1 of its outputs, then of steps 2 and 3 and so on. Codes of int8 are held the same way,
+/// as many steps side by side as `Simd::INT8_STEPS` says.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights {
     /// First element.
@@ -45,12 +46,18 @@ pub struct Weights {
     pub tile_columns: usize,
     /// Whether it is packed for dot products.
     pub pairs: bool,
+    /// Scales of int8 `[n]`; null where the elements are of `dtype`.
+    pub scales: *const f32,
 }
 
 impl Weights {
     /// Steps, padding included.
     pub fn depth(&self) -> usize {
-        if self.pairs { self.k.next_multiple_of(DOT_STEPS) } else { self.k }
+        match (self.scales.is_null(), self.pairs) {
+            (false, _) => self.k.next_multiple_of(INT8_BLOCK),
+            (true, true) => self.k.next_multiple_of(DOT_STEPS),
+            (true, false) => self.k,
+        }
     }
     /// Column tiles.
     pub fn tiles(&self) -> usize {
@@ -246,7 +253,7 @@ pub struct Segment<'a> {
 /// A GEMM step over a block of rows.
 #[derive(Clone, Copy)]
 pub struct Gemm<'a> {
-    /// x as [`pack_x`] leaves it.
+    /// x as [`pack_x`] leaves it, or `quantise_x` for weights in int8.
     pub packed: *const f32,
     /// First token.
     pub first: usize,
@@ -263,6 +270,41 @@ impl Gemm<'_> {
     pub fn items(&self) -> usize {
         self.rows.div_ceil(self.row_tile) * self.segments.iter().map(|s| s.weights.tiles()).sum::<usize>()
     }
+
+    /// The tile of a work item, its columns padded to whole panels.
+    #[inline(always)]
+    pub(super) fn tile(&self, item: usize, panel: usize) -> ItemTile<'_> {
+        let groups = self.rows.div_ceil(self.row_tile);
+        let (mut column_tile, group) = (item / groups, item % groups);
+        let mut segment = &self.segments[0];
+        for candidate in self.segments {
+            segment = candidate;
+            if column_tile < candidate.weights.tiles() {
+                break;
+            }
+            column_tile -= candidate.weights.tiles();
+        }
+        let w = segment.weights;
+        let (row0, column0) = (group * self.row_tile, column_tile * w.tile_columns);
+        let columns = w.tile_columns.min(w.n - column0);
+        let rows = self.row_tile.min(self.rows - row0);
+        ItemTile { segment, row0, rows, column0, columns, padded: columns.next_multiple_of(panel) }
+    }
+}
+
+/// The part of a GEMM that one work item computes.
+#[derive(Clone, Copy)]
+pub(super) struct ItemTile<'a> {
+    /// Whose columns they are.
+    pub segment: &'a Segment<'a>,
+    /// First row of the row block, and rows.
+    pub row0: usize,
+    pub rows: usize,
+    /// First column of the segment, and columns.
+    pub column0: usize,
+    pub columns: usize,
+    /// Elements between rows of the scratch tile.
+    pub padded: usize,
 }
 
 /// f32 of scratch for a GEMM of these shapes.
@@ -275,25 +317,12 @@ pub const fn scratch_len(row_tile: usize, tile_columns: usize, panel: usize) -> 
 /// `g` describes valid memory; `scratch` is writable as [`scratch_len`] f32; no other item with this index runs.
 #[inline(always)]
 pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) {
-    let groups = g.rows.div_ceil(g.row_tile);
-    let (mut column_tile, group) = (item / groups, item % groups);
-    let mut segment = &g.segments[0];
-    for candidate in g.segments {
-        segment = candidate;
-        if column_tile < candidate.weights.tiles() {
-            break;
-        }
-        column_tile -= candidate.weights.tiles();
-    }
-    let w = segment.weights;
-    let row0 = group * g.row_tile;
-    let rows = g.row_tile.min(g.rows - row0);
-    let column0 = column_tile * w.tile_columns;
-    let columns = w.tile_columns.min(w.n - column0);
-    let padded = columns.next_multiple_of(2 * S::LANES);
+    let t = g.tile(item, 2 * S::LANES);
+    let ItemTile { row0, rows, padded, .. } = t;
+    let w = t.segment.weights;
     // SAFETY: the caller's; offsets follow the packed layout.
     unsafe {
-        let skipped = column_tile * w.tile_columns.next_multiple_of(2 * S::LANES) * w.depth();
+        let skipped = (t.column0 / w.tile_columns) * w.tile_columns.next_multiple_of(2 * S::LANES) * w.depth();
         if w.pairs {
             let x = g.packed.cast::<bf16>().add(row0 * w.depth());
             dot_product(s, x.cast(), rows, w.depth() / DOT_STEPS, w.start.add(skipped * 2), padded, scratch);
@@ -302,6 +331,18 @@ pub unsafe fn gemm<S: Simd>(s: S, g: &Gemm<'_>, item: usize, scratch: *mut f32) 
                 product::<S, T>(s, g.packed.add(row0 * w.k), rows, w.k, w.start.cast::<T>().add(skipped), padded, scratch)
             });
         }
+        finish_tile(s, g, &t, scratch);
+    }
+}
+
+/// Bias and epilogue of the products of a work item's tile.
+/// # Safety
+/// As [`gemm`]; `scratch` holds the products.
+#[inline(always)]
+pub(super) unsafe fn finish_tile<S: Simd>(s: S, g: &Gemm<'_>, t: &ItemTile<'_>, scratch: *mut f32) {
+    let &ItemTile { segment, row0, rows, column0, columns, padded } = t;
+    // SAFETY: the caller's.
+    unsafe {
         if let Some(bias) = segment.bias {
             for r in 0..rows {
                 let c = scratch.add(r * padded);

@@ -8,6 +8,7 @@ pub mod attention_prefill;
 pub mod attention_prefill_bf16;
 pub mod codes;
 pub mod gemm;
+pub mod gemm_int8;
 pub mod norm;
 pub mod rope;
 pub mod rows;

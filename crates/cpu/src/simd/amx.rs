@@ -70,6 +70,7 @@ unsafe fn configure(rows: usize) {
 }
 
 impl Dots for Tiles {
+    type Int8 = super::int8_x86::Vnni;
     const ROWS: usize = 2 * TILE;
 
     #[inline(always)]

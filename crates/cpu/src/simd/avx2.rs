@@ -1,22 +1,26 @@
 //! 256-bit vectors.
 
 use core::arch::{asm, x86_64::*};
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::{Elem, QueryTile, ScoreTile, Simd, ValueTile};
+use super::{
+    Elem, QueryTile, ScoreTile, Simd, ValueTile,
+    int8_x86::{Int8, Widening, methods},
+};
 
-/// Proves that the processor has AVX2, FMA and F16C.
+/// Proves that the processor has AVX2, FMA and F16C, and what `I` multiplies int8 with.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx2(());
+pub struct Avx2<I = Widening>(PhantomData<I>);
 
-impl Avx2 {
+impl<I: Int8> Avx2<I> {
     /// The token.
     /// # Safety
-    /// The processor has AVX2, FMA and F16C.
+    /// The processor has AVX2, FMA and F16C, and AVX-VNNI where `I` asks for VNNI.
     #[inline(always)]
     pub unsafe fn new_unchecked() -> Self {
-        Avx2(())
+        Avx2(PhantomData)
     }
 }
 
@@ -43,10 +47,11 @@ macro_rules! ops {
     )*};
 }
 
-impl Simd for Avx2 {
+impl<I: Int8> Simd for Avx2<I> {
     const LANES: usize = 8;
     const MR: usize = 6;
     const QUERY_ROWS: usize = 4;
+    methods!(I, words_256, words_256_probe, vnni_256, vnni_256_probe, 8);
     type F = __m256;
 
     ops! {

@@ -8,9 +8,11 @@ use half::{bf16, f16};
 use super::{
     DOT_STEPS, DotState, DotTile, Simd,
     dots::{Dots, Widened},
+    int8_x86::{Int8, Vnni, methods},
 };
 
-/// Proves that the processor has AVX-512 F, BW, DQ and VL, all that [`super::avx2::Avx2`] proves, and what `D` multiplies bf16 with.
+/// Proves that the processor has AVX-512 F, BW, DQ and VL, all that [`super::avx2::Avx2`] proves, and what `D` multiplies bf16 and int8
+/// with.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx512<D = Widened>(PhantomData<D>);
 
@@ -24,11 +26,12 @@ impl<D: Dots> Avx512<D> {
     }
 }
 
-/// In pairs, by `vdpbf16ps`. The processor has AVX-512 BF16.
+/// In pairs, by `vdpbf16ps`. The processor has AVX-512 BF16 and VNNI.
 #[derive(Clone, Copy, Debug)]
 pub struct Pairs;
 
 impl Dots for Pairs {
+    type Int8 = Vnni;
     const ROWS: usize = 12;
 
     #[inline(always)]
@@ -135,6 +138,7 @@ impl<D: Dots> Simd for Avx512<D> {
     const MR: usize = 12;
     const QUERY_ROWS: usize = 8;
     const DOT_ROWS: usize = D::ROWS;
+    methods!(D::Int8, words_512, words_512_probe, vnni_512, vnni_512_probe, 16);
     const DOT_PROBE_FLOPS: usize = D::PROBE_FLOPS;
     type F = __m512;
 

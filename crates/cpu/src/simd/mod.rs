@@ -1,4 +1,4 @@
-//! Vectors of f32, loads of narrower elements and dot products of bf16; the only place that names `core::arch`.
+//! Vectors of f32, loads of narrower elements, dot products of bf16 and products of int8; the only place that names `core::arch`.
 //!
 //! Kernels are generic over [`Simd`] and marked `#[inline(always)]`; `dispatch` instantiates each once for every instruction set
 //! inside a function with the matching `#[target_feature]`.
@@ -11,8 +11,12 @@ pub mod avx2;
 pub mod avx512;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub mod dots;
+#[cfg(target_arch = "x86_64")]
+mod int8_x86;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
+#[cfg(target_arch = "x86_64")]
+pub use int8_x86::Vnni;
 pub mod portable;
 
 use half::{bf16, f16};
@@ -45,6 +49,33 @@ pub struct DotTile {
     pub c_stride: usize,
     /// Whether C is added to.
     pub accumulate: bool,
+}
+
+/// Steps of k of a block of int8 products.
+pub const INT8_BLOCK: usize = 64;
+
+/// Operands of a register tile of int8 products: C[M, 2·LANES] (+)= A[M, k] · B[k, 2·LANES] in i32, k in blocks of [`INT8_BLOCK`].
+///
+/// A's rows hold the codes of a block side by side, [`INT8_BLOCK`] apart, 4 / [`Simd::INT8_STEPS`] bytes each. B holds groups of `INT8_STEPS` steps: for
+/// each group the bytes of every column side by side, code + [`Simd::INT8_SHIFT`] each.
+#[derive(Clone, Copy)]
+pub struct Int8Tile {
+    /// Blocks of k, at least 1.
+    pub blocks: usize,
+    /// A.
+    pub a: *const u8,
+    /// Bytes between blocks of A.
+    pub block_stride: usize,
+    /// B.
+    pub b: *const u8,
+    /// C.
+    pub c: *mut i32,
+    /// Elements between rows of C.
+    pub c_stride: usize,
+    /// Whether C is added to.
+    pub accumulate: bool,
+    /// Memory that is read next, and the bytes of it that each sixteenth of a block fetches.
+    pub fetch: (*const u8, usize),
 }
 
 /// Operands of a register tile of tiled attention: C[QUERY_ROWS, vectors·LANES] = C · scale + A · B.
@@ -131,6 +162,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const DOT_COLUMNS: usize = 2 * Self::LANES;
     /// Operations of a round of [`Simd::dot_probe`].
     const DOT_PROBE_FLOPS: usize = 0;
+    /// Steps of k whose products an int8 tile adds at once: 2 where codes of x are widened to 16 bits, 4 where bytes are multiplied.
+    const INT8_STEPS: usize = 2;
+    /// What is added to the codes of weights in memory: 128 where bytes without sign are multiplied.
+    const INT8_SHIFT: i32 = 0;
+    /// Operations of a round of [`Simd::int8_probe`].
+    const INT8_PROBE_OPS: usize = 2 * 2 * 8;
     /// `LANES` f32.
     type F: Copy;
 
@@ -205,6 +242,57 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `even` and `odd` are valid for reading `LANES` elements, `p` for writing 4 · `LANES` bytes. `DOT_ROWS` is not 0.
     unsafe fn pair_rows(self, _p: *mut u8, _even: *const bf16, _odd: *const bf16) {
         unreachable!("no dot products on this instruction set")
+    }
+
+    /// A register tile of int8 products.
+    /// # Safety
+    /// A is readable as [M, blocks · INT8_BLOCK] codes, B as [blocks · INT8_BLOCK, 2·LANES] bytes, C writable (and readable, when accumulating) as
+    /// [M, 2·LANES].
+    #[inline(always)]
+    unsafe fn int8_tile<const M: usize>(self, t: &Int8Tile) {
+        /// Columns at once.
+        const N: usize = 8;
+        let width = 2 * Self::LANES;
+        for first in (0..width).step_by(N) {
+            let mut acc = [[0i32; N]; M];
+            for block in 0..t.blocks {
+                for pair in 0..INT8_BLOCK / 2 {
+                    // SAFETY: the caller's: a pair of codes of each row, a pair of bytes of each column.
+                    unsafe {
+                        let b =
+                            t.b.add((block * INT8_BLOCK + 2 * pair) * width + 2 * first).cast::<[[i8; 2]; N]>().read_unaligned();
+                        for (i, acc) in acc.iter_mut().enumerate() {
+                            let a = t.a.add(block * t.block_stride + (i * INT8_BLOCK + 2 * pair) * 2);
+                            let a = a.cast::<[i16; 2]>().read_unaligned().map(i32::from);
+                            for (acc, b) in acc.iter_mut().zip(b) {
+                                *acc += a[0] * i32::from(b[0]) + a[1] * i32::from(b[1]);
+                            }
+                        }
+                    }
+                }
+            }
+            for (i, acc) in acc.iter().enumerate() {
+                for (j, acc) in acc.iter().enumerate() {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let c = t.c.add(i * t.c_stride + first + j);
+                        c.write(if t.accumulate { c.read() + acc } else { *acc });
+                    }
+                }
+            }
+        }
+    }
+    /// `rounds` × [`Simd::INT8_PROBE_OPS`] operations of int8 products whose operands stay in registers.
+    #[inline(always)]
+    fn int8_probe(self, rounds: usize) -> i32 {
+        let mut acc = [0i32; 8];
+        let x = core::hint::black_box([1i16, 2]).map(i32::from);
+        for _ in 0..rounds {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                *acc = acc.wrapping_add(x[0] * (*acc & 3) + x[1] * i as i32);
+            }
+        }
+        acc.into_iter().fold(0, i32::wrapping_add)
     }
 
     /// Computes a tile of 3 vectors and returns true where this instruction set has it in assembly; else does nothing.

@@ -6,7 +6,7 @@ mod write;
 use std::{collections::BTreeSet, path::Path};
 
 use lawson_core::{
-    CacheDType, DType, Error, Result, TensorRef,
+    CacheDType, DType, Error, Result, TensorRef, WeightKind,
     data::{BlockData, Mask},
     problem::{Biases, BlockProblem, BlockSpec, Lengths, MaskShape},
     round_to,
@@ -18,6 +18,17 @@ use crate::{
     tensor_file::{TensorFile, reserve},
 };
 
+/// In what form numbers that were read are computed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Form {
+    /// The compute dtype; that of `x` when `None`.
+    pub dtype: Option<DType>,
+    /// How the cache is held; in the compute dtype when `None`.
+    pub kv_dtype: Option<CacheDType>,
+    /// How the weights of projections are held.
+    pub weights: WeightKind,
+}
+
 /// A block file that has been read and checked whole.
 #[derive(Clone, Debug)]
 pub struct BlockFile {
@@ -27,50 +38,38 @@ pub struct BlockFile {
 }
 
 impl BlockFile {
-    /// Reads `block_json` and `tensors`. The compute dtype is that of `x` unless `compute` gives another, the cache's is the
-    /// compute dtype unless `kv` gives another; x, weights and past are rounded to nearest even to them, the past of a quantised cache to the
-    /// compute dtype.
+    /// Reads `block_json` and `tensors`, as `form` says: x, weights and past are rounded to nearest even to their dtypes, the past of a quantised
+    /// cache to the compute dtype, weights of projections in int8 to none.
     ///
     /// # Errors
     /// `InvalidInput`, naming the file and the key or tensor, for anything the format does not allow.
-    pub fn open(
-        block_json: impl AsRef<Path>,
-        tensors: impl AsRef<Path>,
-        compute: Option<DType>,
-        kv: Option<CacheDType>,
-    ) -> Result<Self> {
+    pub fn open(block_json: impl AsRef<Path>, tensors: impl AsRef<Path>, form: Form) -> Result<Self> {
         let path = block_json.as_ref();
         let json = std::fs::read(path).map_err(|e| Error::invalid(format!("cannot be read: {e}")));
         let spec = json.and_then(|json| spec::parse(&json)).map_err(|e| e.at(path.display()))?;
-        Self::read(spec, &TensorFile::open(tensors)?, compute, kv)
+        Self::read(spec, &TensorFile::open(tensors)?, form)
     }
 
     /// As [`BlockFile::open`], from a `block.json` in memory and an open tensor file.
     ///
     /// # Errors
     /// As [`BlockFile::open`].
-    pub fn parse(json: &[u8], tensors: &TensorFile, compute: Option<DType>, kv: Option<CacheDType>) -> Result<Self> {
-        Self::read(spec::parse(json).map_err(|e| e.at("block.json"))?, tensors, compute, kv)
+    pub fn parse(json: &[u8], tensors: &TensorFile, form: Form) -> Result<Self> {
+        Self::read(spec::parse(json).map_err(|e| e.at("block.json"))?, tensors, form)
     }
 
-    fn read(spec: BlockSpec, file: &TensorFile, compute: Option<DType>, kv: Option<CacheDType>) -> Result<Self> {
-        Reader::new(file).block(spec, None, compute, kv).map_err(|e| e.at(file.name()))
+    fn read(spec: BlockSpec, file: &TensorFile, form: Form) -> Result<Self> {
+        Reader::new(file).block(spec, None, form).map_err(|e| e.at(file.name()))
     }
 
     /// The block `spec` with `weights`, from a checkpoint say, on the input in `tensors`: `x`, and `past_k` with `past_v`, `lengths` and
-    /// `mask` where given, as a block file has them; no weights may stand there. Dtypes as [`BlockFile::open`] chooses them.
+    /// `mask` where given, as a block file has them; no weights may stand there.
     ///
     /// # Errors
     /// `InvalidInput`, naming the tensor, as [`BlockFile::open`], or when `weights` do not fit `spec`.
-    pub fn with_weights(
-        spec: BlockSpec,
-        weights: &BlockWeights<'_>,
-        tensors: &TensorFile,
-        compute: Option<DType>,
-        kv: Option<CacheDType>,
-    ) -> Result<Self> {
+    pub fn with_weights(spec: BlockSpec, weights: &BlockWeights<'_>, tensors: &TensorFile, form: Form) -> Result<Self> {
         weights.check(&spec)?;
-        Reader::new(tensors).block(spec, Some(weights), compute, kv).map_err(|e| e.at(tensors.name()))
+        Reader::new(tensors).block(spec, Some(weights), form).map_err(|e| e.at(tensors.name()))
     }
 
     /// What is computed: the spec, the batch (one entry of `lengths` for each sequence), the mask's shape and the dtypes.
@@ -104,20 +103,14 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads everything; the weights too unless they are given.
-    fn block(
-        mut self,
-        mut spec: BlockSpec,
-        weights: Option<&BlockWeights<'_>>,
-        compute: Option<DType>,
-        kv: Option<CacheDType>,
-    ) -> Result<BlockFile> {
+    fn block(mut self, mut spec: BlockSpec, weights: Option<&BlockWeights<'_>>, form: Form) -> Result<BlockFile> {
         let (e, a) = (spec.hidden_size, spec.attention.clone());
         let x_shape = self.shape("x", "[B, S, E]")?.to_vec();
         let &[b, s, width] = x_shape.as_slice() else { return Err(wrong_shape("x", &x_shape, "[B, S, E]")) };
         if b == 0 || s == 0 || width != e {
             return Err(wrong_shape("x", &x_shape, &format!("[B, S, E] with B ≥ 1, S ≥ 1 and E = {e}")));
         }
-        let dtype = match compute {
+        let dtype = match form.dtype {
             Some(dtype) => dtype,
             None => self.file.tensor("x")?.dtype(),
         };
@@ -132,15 +125,16 @@ impl<'a> Reader<'a> {
             batch: Lengths::ragged(vec![s; b], past)?,
             mask: mask.as_ref().map(|m| m.shape),
             dtype,
-            kv_dtype: kv.unwrap_or(dtype.into()),
+            weights: form.weights,
+            kv_dtype: form.kv_dtype.unwrap_or(dtype.into()),
             page_size: None,
             spec,
         };
         problem.validate()?;
 
         let mut data = match weights {
-            Some(weights) => given_weights(weights, dtype)?,
-            None => self.weights(&problem.spec, dtype)?,
+            Some(weights) => given_weights(weights, problem.stored_weights())?,
+            None => self.weights(&problem.spec, problem.stored_weights())?,
         };
         (data.past_rows, data.mask) = (past_rows, mask);
         data.x = self.floats("x", "[B, S, E]", &[b, s, e], dtype)?;

@@ -75,14 +75,14 @@ fn uniform(problem: &BlockProblem) -> Result<(usize, usize)> {
 fn input_tensors(problem: &BlockProblem, data: &BlockData) -> Result<Vec<Tensor>> {
     let (b, s) = uniform(problem)?;
     let (spec, a, dtype) = (&problem.spec, &problem.spec.attention, problem.dtype);
-    let (e, p) = (spec.hidden_size, data.past_rows);
+    let (e, p, w) = (spec.hidden_size, data.past_rows, problem.stored_weights());
     BlockWeights::from_data(spec, data)?.check(spec)?;
     let mut out = vec![
         tensor("x", dtype, &[b, s, e], &data.x)?,
-        tensor("q_proj.weight", dtype, &[a.q_dim(), e], &data.q_weight)?,
-        tensor("k_proj.weight", dtype, &[a.kv_dim(), e], &data.k_weight)?,
-        tensor("v_proj.weight", dtype, &[a.kv_dim(), e], &data.v_weight)?,
-        tensor("o_proj.weight", dtype, &[e, a.q_dim()], &data.o_weight)?,
+        tensor("q_proj.weight", w, &[a.q_dim(), e], &data.q_weight)?,
+        tensor("k_proj.weight", w, &[a.kv_dim(), e], &data.k_weight)?,
+        tensor("v_proj.weight", w, &[a.kv_dim(), e], &data.v_weight)?,
+        tensor("o_proj.weight", w, &[e, a.q_dim()], &data.o_weight)?,
     ];
     for (name, values) in [
         ("q_proj.bias", &data.q_bias),

@@ -1,14 +1,17 @@
 //! Attention blocks of Hugging Face checkpoints: `config.json` and one or many safetensors files, memory-mapped.
 
 mod config;
+mod quantised;
 
 use std::{
     collections::BTreeMap,
-    path::{Component, Path},
+    path::{Component, Path, PathBuf},
 };
 
 use config::Config;
-use lawson_core::{Error, Result, TensorRef, problem::BlockSpec};
+use lawson_core::{DType, Error, Result, TensorRef, WeightKind, problem::BlockSpec};
+use quantised::Description;
+pub use quantised::QuantisedCheckpoint;
 
 use crate::{
     BlockWeights,
@@ -21,7 +24,10 @@ use crate::{
 pub struct Checkpoint {
     /// What messages call the folder.
     name: String,
+    dir: PathBuf,
     config: Config,
+    /// What is said of its weights where they are quantised.
+    description: Option<Description>,
     files: Vec<TensorFile>,
     /// The file of each tensor, by its index in `files`.
     places: BTreeMap<String, usize>,
@@ -76,6 +82,7 @@ impl Checkpoint {
         let path = dir.join("config.json");
         let config = read(&path).and_then(|text| Config::parse(&text)).map_err(|e| e.at(path.display()))?;
 
+        let description = Description::read(dir, config.layers)?;
         let (single, index) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
         let (files, places) = if single.exists() || !index.exists() {
             let file = TensorFile::open(&single)?;
@@ -86,12 +93,34 @@ impl Checkpoint {
             open_all(dir, map)?
         };
         let prefix = if places.keys().any(|n: &String| n.starts_with("model.layers.")) { "model." } else { "" };
-        Ok(Checkpoint { name: dir.display().to_string(), config, files, places, prefix })
+        let (name, dir) = (dir.display().to_string(), dir.to_owned());
+        Ok(Checkpoint { name, dir, config, description, files, places, prefix })
     }
 
     /// Number of layers.
     pub fn layers(&self) -> usize {
         self.config.layers
+    }
+
+    /// A floating-point tensor of the model by its name without the `model.` that stands before those of the base model, such as
+    /// `layers.0.mlp.gate_proj.weight` or `lm_head.weight`; none where the checkpoint does not have it.
+    ///
+    /// # Errors
+    /// `InvalidInput` when it has another dtype than f32, bf16 or f16.
+    pub fn tensor(&self, name: &str) -> Result<Option<LoadedTensor<'_>>> {
+        let full = [format!("{}{name}", self.prefix), name.to_owned()];
+        let found = full.iter().find_map(|name| Some((name, *self.places.get(name)?)));
+        found.map(|(name, place)| self.files[place].tensor(name)).transpose().map_err(|e| e.at(&self.name))
+    }
+
+    /// How the projections' weights are held: `Int8` where [`Checkpoint::quantise`] wrote them.
+    pub fn weight_kind(&self) -> WeightKind {
+        if self.description.is_some() { WeightKind::Int8 } else { WeightKind::Compute }
+    }
+
+    /// The dtype that the projections of `layer` were in before they were quantised; none where they are not.
+    pub(crate) fn original_dtype(&self, layer: usize) -> Option<DType> {
+        self.description.as_ref()?.dtypes.get(layer).copied()
     }
 
     /// The block of `layer`: the self-attention alone, or `with_norm` with the input norm before it and the residual after it.
@@ -106,7 +135,8 @@ impl Checkpoint {
         self.config.block_spec(layer, with_norm).map_err(|e| e.at(&self.name))
     }
 
-    /// The weights of [`Checkpoint::block_spec`], in the checkpoint's dtype and, where they are aligned, in its memory map.
+    /// The weights of [`Checkpoint::block_spec`], in the checkpoint's dtype and, where they are aligned, in its memory map; those in int8 as f32,
+    /// which are quantised to the same codes.
     ///
     /// # Errors
     /// `InvalidInput`, naming the tensor, when one is missing, not asked for by the configuration, or has the wrong shape or dtype.
@@ -129,10 +159,10 @@ impl<'a> Layer<'a> {
         let (e, d, q, kv, b) = (spec.hidden_size, a.head_dim, a.q_dim(), a.kv_dim(), &spec.biases);
         let (norm, qk_norm) = (spec.input_norm.is_some(), spec.qk_norm.is_some());
         Ok(LayerWeights {
-            q_weight: self.tensor("self_attn.q_proj.weight", &[q, e])?,
-            k_weight: self.tensor("self_attn.k_proj.weight", &[kv, e])?,
-            v_weight: self.tensor("self_attn.v_proj.weight", &[kv, e])?,
-            o_weight: self.tensor("self_attn.o_proj.weight", &[e, q])?,
+            q_weight: self.projection("self_attn.q_proj.weight", [q, e])?,
+            k_weight: self.projection("self_attn.k_proj.weight", [kv, e])?,
+            v_weight: self.projection("self_attn.v_proj.weight", [kv, e])?,
+            o_weight: self.projection("self_attn.o_proj.weight", [e, q])?,
             q_bias: self.optional("self_attn.q_proj.bias", q, b.q)?,
             k_bias: self.optional("self_attn.k_proj.bias", kv, b.k)?,
             v_bias: self.optional("self_attn.v_proj.bias", kv, b.v)?,
@@ -141,6 +171,17 @@ impl<'a> Layer<'a> {
             k_norm: self.optional("self_attn.k_norm.weight", d, qk_norm)?,
             input_norm: norm.then(|| self.tensor("input_layernorm.weight", &[e])).transpose()?,
         })
+    }
+
+    /// A projection's weight, out of its codes where it is quantised.
+    fn projection(&self, name: &str, needed: [usize; 2]) -> Result<LoadedTensor<'a>> {
+        if self.checkpoint.description.is_none() {
+            return self.tensor(name, &needed);
+        }
+        let full = format!("{}{name}", self.prefix);
+        let file = |name: &str| self.checkpoint.places.get(name).map(|&place| &self.checkpoint.files[place]);
+        let codes = file(&full).ok_or_else(|| Error::invalid(format!("the tensor '{full}' {needed:?} is missing")))?;
+        quantised::dequantised(codes, file(&format!("{full}_scale")), &full, needed)
     }
 
     /// A vector that is there exactly when it is asked for.

@@ -3,15 +3,17 @@
 
 mod gpu;
 
+use lawson_compiler::weights_on_gpu;
 use lawson_core::{
-    DType, Error, Result, TensorMut, TensorRef,
+    DType, Error, Result, TensorMut, TensorRef, WeightKind,
     problem::{AttentionProblem, AttentionSpec, Lengths, Level, RopeSpec},
 };
 use lawson_cpu::{
     kernels::{
         attention::Attention,
         codes::Cache,
-        gemm::{Epilogue, Gemm, PackX, Segment},
+        gemm::{self, Epilogue, Gemm, PackX, Segment},
+        gemm_int8::QuantiseX,
         rope,
         rows::{CacheRows, Rows},
     },
@@ -345,7 +347,7 @@ pub fn softmax(context: &Context, x: &TensorRef<'_>, out: &mut TensorMut<'_>, me
 pub struct QkvWeights(Packed);
 
 enum Packed {
-    Cpu([PackedMatrix; 3], DType),
+    Cpu(Box<[PackedMatrix; 3]>, DType, WeightKind),
     Gpu(gpu::DeviceQkv),
 }
 
@@ -355,6 +357,21 @@ impl QkvWeights {
     /// # Errors
     /// `InvalidInput` when a weight is not a contiguous matrix or the widths differ, `OutOfMemory`.
     pub fn pack(context: &Context, q: &TensorRef<'_>, k: &TensorRef<'_>, v: &TensorRef<'_>, dtype: DType) -> Result<Self> {
+        Self::held(context, [q, k, v], dtype, WeightKind::Compute)
+    }
+
+    /// As [`QkvWeights::pack`] in int8 (see [`lawson_core::int8`]), for x in `dtype`, on a CPU.
+    ///
+    /// # Errors
+    /// As there; `Unavailable` on a GPU.
+    pub fn int8(context: &Context, q: &TensorRef<'_>, k: &TensorRef<'_>, v: &TensorRef<'_>, dtype: DType) -> Result<Self> {
+        Self::held(context, [q, k, v], dtype, WeightKind::Int8)
+    }
+
+    fn held(context: &Context, [q, k, v]: [&TensorRef<'_>; 3], dtype: DType, kind: WeightKind) -> Result<Self> {
+        if context.gpu().is_some() {
+            weights_on_gpu(kind)?;
+        }
         if let Some(gpu) = context.gpu() {
             let parts = [("q weight", q), ("k weight", k), ("v weight", v)];
             return gpu::DeviceQkv::new(gpu, parts, dtype).map(|w| QkvWeights(Packed::Gpu(w)));
@@ -363,20 +380,24 @@ impl QkvWeights {
         let cpu = &context.0.cpu;
         let pack = |name: &str, w: &TensorRef<'_>| {
             let columns = tile_columns(1, w.shape().first().copied().unwrap_or(1).max(1), cpu.kernels.panel());
-            PackedMatrix::new(w, dtype, columns, &cpu.kernels, &cpu.threads).map_err(|e| e.at(name))
+            let packed = match kind {
+                WeightKind::Int8 => PackedMatrix::int8(w, columns, &cpu.kernels, &cpu.threads),
+                _ => PackedMatrix::new(w, dtype, columns, &cpu.kernels, &cpu.threads),
+            };
+            packed.map_err(|e| e.at(name))
         };
         let parts = [pack("q weight", q)?, pack("k weight", k)?, pack("v weight", v)?];
         let widths = [q, k, v].map(|w| w.shape()[1]);
         if widths != [widths[0]; 3] {
             return Err(Error::invalid(format!("the weights of q, k and v have different widths {widths:?}")));
         }
-        Ok(QkvWeights(Packed::Cpu(parts, dtype)))
+        Ok(QkvWeights(Packed::Cpu(Box::new(parts), dtype, kind)))
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Packed::Cpu(parts, _) => parts.iter().map(PackedMatrix::bytes).sum(),
+            Packed::Cpu(parts, ..) => parts.iter().map(PackedMatrix::bytes).sum(),
             Packed::Gpu(w) => w.bytes(),
         }
     }
@@ -405,8 +426,8 @@ pub fn qkv_projection(
         return weights.on_gpu(gpu)?.project(gpu, x, out);
     }
     let cpu = &context.0.cpu;
-    let (parts, dtype) = match &weights.0 {
-        Packed::Cpu(parts, dtype) if parts.iter().all(|p| p.fits(&cpu.kernels)) => (parts, *dtype),
+    let (parts, dtype, kind) = match &weights.0 {
+        Packed::Cpu(parts, dtype, kind) if parts.iter().all(|p| p.fits(&cpu.kernels)) => (parts, *dtype, *kind),
         _ => {
             let isa = cpu.kernels.isa;
             return Err(Error::invalid(format!("the weights were packed for another device or instruction set than {isa}")));
@@ -421,7 +442,7 @@ pub fn qkv_projection(
         return Err(shape_error("x", x, &format!("[T, {k}] with T at least 1")));
     }
     let mut segments = Vec::with_capacity(3);
-    for (name, (out, part)) in ["q", "k", "v"].into_iter().zip(out.into_iter().zip(parts)) {
+    for (name, (out, part)) in ["q", "k", "v"].into_iter().zip(out.into_iter().zip(parts.iter())) {
         let w = part.weights();
         if out.shape() != [tokens, w.n] {
             return Err(shape_error(name, &out.as_ref(), &format!("[{tokens}, {}]", w.n)));
@@ -433,16 +454,26 @@ pub fn qkv_projection(
     let (depth, pairs) = (parts[0].weights().depth(), parts[0].weights().pairs);
     let row_tile = tokens.min(256).next_multiple_of(cpu.kernels.group_rows(pairs));
     let widest = segments.iter().map(|s| s.weights.tile_columns).max().unwrap_or(1);
-    let scratch_len = lawson_cpu::kernels::gemm::scratch_len(row_tile, widest, cpu.kernels.panel());
+    let scratch_len = gemm::scratch_len(row_tile, widest, cpu.kernels.panel());
     let mut workspace = context.workspace();
-    let scratch = workspace.reserve(tokens * depth * 4, scratch_len * 4, cpu.threads.count())?;
+    let int8 = kind == WeightKind::Int8;
+    let packed_bytes = if int8 { cpu.codes_bytes(tokens, k) } else { tokens * depth * 4 };
+    let scratch = workspace.reserve(packed_bytes, scratch_len.max(k) * 4, cpu.threads.count())?;
     let packed = workspace.buffers().cast::<f32>();
     let groups: Vec<&[Segment<'_>]> = if fused { vec![&segments] } else { segments.chunks(1).collect() };
     for group in groups {
-        let pack = PackX { x: rows(x, k), first: 0, rows: tokens, k, norm: None, pairs, packed };
-        let gemm = Gemm { packed, first: 0, rows: tokens, row_tile, segments: group };
+        let (x, first, rows, norm) = (rows(x, k), 0, tokens, None);
+        let gemm = Gemm { packed, first, rows, row_tile, segments: group };
         // SAFETY: the shapes were checked above, the outputs are borrowed mutably, and items write disjoint parts.
-        unsafe { lawson_cpu::executor::project(&cpu.kernels, &cpu.threads, &pack, &gemm, scratch) };
+        unsafe {
+            if int8 {
+                let quantise = QuantiseX { x, first, rows, k, norm, dtype, packed: packed.cast() };
+                lawson_cpu::executor::project_int8(&cpu.kernels, &cpu.threads, &quantise, &gemm, scratch);
+            } else {
+                let pack = PackX { x, first, rows, k, norm, pairs, packed };
+                lawson_cpu::executor::project(&cpu.kernels, &cpu.threads, &pack, &gemm, scratch);
+            }
+        }
     }
     Ok(())
 }

@@ -71,7 +71,7 @@ pub fn quick(study: Study) -> Vec<Case> {
         Study::Attention => [1024, 4096].map(|seq| attention(seq, 128, true)).to_vec(),
         Study::Decode => [(1, 4096), (1, 16_384), (8, 4096)].map(|(batch, rows)| decode(batch, rows, 8)).to_vec(),
         Study::Throughput => [1, 4, 16].map(throughput).to_vec(),
-        Study::Kernels | Study::All => Vec::new(),
+        Study::Kernels | Study::All | Study::Quality => Vec::new(),
     }
 }
 
@@ -112,7 +112,7 @@ pub fn article(study: Study) -> Vec<Case> {
             [32, 8].iter().flat_map(|&kv_heads| cells.map(|(batch, rows)| decode(batch, rows, kv_heads))).collect()
         }
         Study::Throughput => [1, 4, 16, 32].map(throughput).to_vec(),
-        Study::Kernels | Study::All => Vec::new(),
+        Study::Kernels | Study::All | Study::Quality => Vec::new(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The configurations of the study of kernels: each hot kernel alone, at the sizes that its share of the machine's limits is asked for.
 
-use lawson::{AttentionSpec, DType, Lengths, Real, Result};
+use lawson::{AttentionSpec, DType, Lengths, Real, Result, WeightKind};
 use lawson_testkit::rng::Rng;
 
 use super::{Case, Shape, Study};
@@ -8,7 +8,7 @@ use super::{Case, Shape, Study};
 /// A kernel that is measured alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kernel {
-    /// The fused QKV projection, x [M, E].
+    /// The fused QKV projection, x [M, E]; in bf16 also with weights in int8, in turn.
     Projection,
     /// Tiled attention, plain and with these features, in turn.
     Attention(&'static [Feature]),
@@ -135,6 +135,11 @@ fn projection(hidden: usize, dtype: DType) -> Case {
     case(Kernel::Projection, Shape { causal: false, rope: false, ..Shape::block(hidden, hidden).dtype(dtype) })
 }
 
+/// `case` with weights in int8.
+fn int8(case: Case) -> Case {
+    Case { shape: Shape { weights: WeightKind::Int8, ..case.shape }, ..case }
+}
+
 /// Heads of `head_dim` that are 1024 wide together.
 fn attention(seq: usize, head_dim: usize, causal: bool, features: &'static [Feature], dtype: DType) -> Case {
     let heads = 1024 / head_dim;
@@ -169,7 +174,7 @@ pub fn quick() -> Vec<Case> {
             cases.extend([1024, 4096, 16384].map(|rows| decode(heads, kv_heads, rows, 1, dtype)));
         }
     }
-    cases.push(block(1));
+    cases.extend([block(1), int8(block(1))]);
     cases
 }
 
@@ -193,6 +198,7 @@ pub fn article() -> Vec<Case> {
         }
     }
     cases.extend([1, 8].map(block));
+    cases.extend([1, 8].map(|batch| int8(block(batch))));
     cases
 }
 

@@ -4,7 +4,7 @@ mod gpu;
 mod kernels;
 
 use clap::ValueEnum;
-use lawson::{AttentionSpec, BlockProblem, BlockSpec, CacheDType, DType, Error, Lengths, Result, RopeSpec};
+use lawson::{AttentionSpec, BlockProblem, BlockSpec, CacheDType, DType, Error, Lengths, Result, RopeSpec, WeightKind};
 
 use super::measure::Budget;
 
@@ -31,6 +31,8 @@ pub enum Study {
     Throughput,
     /// Each hot kernel alone, as a share of what it could reach
     Kernels,
+    /// What weights in int8 and quantised caches cost on a trained model: layer errors, and the change in mean loss
+    Quality,
 }
 
 impl Study {
@@ -50,6 +52,7 @@ impl Study {
             Study::Block => "block",
             Study::Throughput => "throughput",
             Study::Kernels => "kernels",
+            Study::Quality => "quality",
         }
     }
 }
@@ -112,6 +115,8 @@ pub struct Shape {
     pub dtype: DType,
     /// How the cache holds its elements.
     pub kv_dtype: CacheDType,
+    /// How the weights of projections are held.
+    pub weights: WeightKind,
     /// Whether a token sees only what comes before it.
     pub causal: bool,
     /// Whether q and k are turned.
@@ -131,6 +136,7 @@ impl Shape {
             head_dim: 128,
             dtype: DType::F32,
             kv_dtype: CacheDType::F32,
+            weights: WeightKind::Compute,
             causal: true,
             rope: true,
         }
@@ -167,7 +173,7 @@ impl Shape {
     pub fn problem(&self) -> BlockProblem {
         let spec = BlockSpec { rope: self.rope.then(|| RopeSpec::new(10000.0)), ..BlockSpec::new(self.hidden, self.attention()) };
         let batch = Lengths::uniform(self.batch, self.seq, self.past);
-        BlockProblem { kv_dtype: self.kv_dtype, ..BlockProblem::new(spec, batch, self.dtype) }
+        BlockProblem { kv_dtype: self.kv_dtype, weights: self.weights, ..BlockProblem::new(spec, batch, self.dtype) }
     }
 
     /// Checks every size that `study` reads. Together they may still be more than memory holds.
@@ -257,7 +263,8 @@ impl Case {
         let kernel = self.kernel.map_or(String::new(), |k| format!(" {}", k.name()));
         let study = self.study.name();
         let width = if self.study == Study::Softmax { String::new() } else { format!(" of {}", s.head_dim) };
-        format!("{study}{kernel} B {} S {}{past}, {heads} heads{width}, {}", s.batch, s.seq, s.dtype)
+        let int8 = if s.weights == WeightKind::Int8 { ", int8 weights" } else { "" };
+        format!("{study}{kernel} B {} S {}{past}, {heads} heads{width}, {}{int8}", s.batch, s.seq, s.dtype)
     }
 }
 
@@ -318,7 +325,7 @@ fn quick(study: Study) -> Vec<Case> {
             [1, 4, 16, 64].map(|batch| throughput(batch, 1024, shape)).to_vec()
         }
         Study::Kernels => kernels::quick(),
-        Study::All => Vec::new(),
+        Study::All | Study::Quality => Vec::new(),
     }
 }
 
@@ -360,7 +367,7 @@ fn article(study: Study) -> Vec<Case> {
             [1, 2, 4, 8, 16, 32, 64].map(|batch| throughput(batch, 4096, shape)).to_vec()
         }
         Study::Kernels => kernels::article(),
-        Study::All => Vec::new(),
+        Study::All | Study::Quality => Vec::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Each hot kernel alone at `maximal`: against the machine's limits, against its plain form, beside a loop that only reads the same memory, and
 //! beside neighbours of its shape.
 
-use lawson::{BlockData, Level, Result};
+use lawson::{BlockData, DType, Level, Result, WeightKind};
 
 use super::{
     SEED,
@@ -140,13 +140,23 @@ fn projection(session: &Session, case: &Case) -> Result<Vec<Row>> {
     let make = |s: &Shape, data: &BlockData| QkvForms::new(session, *s, vec![true], data);
     let case = &case.clone().variant(Kernel::Projection.name());
     let data = data_of(&case.shape);
-    let mut forms = InTurn(vec![make(&case.shape, &data)?]);
+    let mut cases = vec![case.clone()];
+    if case.shape.dtype == DType::BF16 && case.shape.weights == WeightKind::Compute {
+        cases.push(Case { shape: Shape { weights: WeightKind::Int8, ..case.shape }, ..case.clone() });
+    }
+    let mut forms = InTurn(cases.iter().map(|c| make(&c.shape, &data)).collect::<Result<Vec<_>>>()?);
     let found = measure(session, &mut forms, &mut [])?;
-    let mut row = forms.0[0].row(case, Level::Maximal, 0, &found[0])?;
+    let mut all: Vec<Row> = Vec::new();
+    for (i, (case, found)) in cases.iter().zip(&found).enumerate() {
+        let mut row = forms.0[i].row(case, Level::Maximal, 0, found)?;
+        row.plain_share = all.first().and_then(|plain| Some(row.gflops? / plain.gflops?));
+        all.push(row);
+    }
+    forms.0.truncate(1);
     let beside = peers_of(session, case, &forms.0[0], qkv::start_peers(session, case, &data)?, forms.0[0].work())?;
     drop(data);
-    let wrong = beside_neighbours(session, case, &mut row, forms, |s| make(s, &data_of(s)))?;
-    Ok([vec![row], beside, wrong].concat())
+    let wrong = beside_neighbours(session, case, &mut all[0], forms, |s| make(s, &data_of(s)))?;
+    Ok([all, beside, wrong].concat())
 }
 
 /// The row of tiled attention as it was measured.

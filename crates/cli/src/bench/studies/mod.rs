@@ -6,6 +6,7 @@ mod block_gpu;
 mod kernels;
 pub mod operators_gpu;
 mod qkv;
+pub mod quality;
 mod rope;
 mod softmax;
 mod throughput;
@@ -41,6 +42,7 @@ pub fn run(session: &Session, case: &Case) -> Result<Vec<Row>> {
         Study::Decode => attention::decode(session, case),
         Study::Throughput => throughput::run(session, case),
         Study::Kernels => kernels::run(session, case),
-        Study::All => Ok(Vec::new()),
+        // It has no shapes of its own, but a model's.
+        Study::All | Study::Quality => Ok(Vec::new()),
     }
 }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use lawson::{
-    BlockData, Context, Level, Result, Tensor, TensorRef,
+    BlockData, Context, Level, Result, Tensor, TensorRef, WeightKind,
     ops::{self, QkvWeights},
 };
 
@@ -77,7 +77,10 @@ impl<'a> QkvForms<'a> {
             shape: s,
             fused,
             x: Tensor::from_f32(&data.x, s.dtype, &[t, e])?,
-            weights: QkvWeights::pack(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
+            weights: match s.weights {
+                WeightKind::Int8 => QkvWeights::int8(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
+                _ => QkvWeights::pack(&session.context, &view(0)?, &view(1)?, &view(2)?, s.dtype)?,
+            },
             out: nan.clone(),
             nan,
             expected: [0, 1, 2].map(|i| Expected::new(&data.x, raw[i], e, i as u64, session.threads())),
@@ -90,18 +93,25 @@ impl<'a> QkvForms<'a> {
         [t * e, all * e, t * all]
     }
 
+    /// Bytes of the same.
+    fn bytes(&self) -> [usize; 3] {
+        let (s, [x, _, out]) = (&self.shape, self.elements());
+        let weights = s.weights.bytes(s.qkv_widths().iter().sum(), s.hidden, s.dtype.size()) as usize;
+        [x * s.dtype.size(), weights, out * s.dtype.size()]
+    }
+
     /// Operations, and the bytes of x, weights and results, each once.
     pub fn work(&self) -> Work {
         let all = self.shape.qkv_widths().iter().sum::<usize>();
-        let bytes = self.elements().iter().sum::<usize>() * self.shape.dtype.size();
-        Work { flops: Some(2.0 * (self.elements()[0] * all) as f64), bytes: bytes as f64 }
+        let [x_bytes, w_bytes, out_bytes] = self.bytes();
+        Work { flops: Some(2.0 * (self.elements()[0] * all) as f64), bytes: (x_bytes + w_bytes + out_bytes) as f64 }
     }
 
     /// What form `i`, as it was measured, says of itself.
     pub fn row(&mut self, case: &Case, level: Level, i: usize, m: &Measured) -> Result<Row> {
         let mut row = rows::base(self.session, case, level.name());
         rows::measured(&mut row, m, self.work());
-        let [x_bytes, w_bytes, out_bytes] = self.elements().map(|n| n * self.shape.dtype.size());
+        let [x_bytes, w_bytes, out_bytes] = self.bytes();
         let products = if self.fused[i] { 1 } else { 3 };
         (row.steps, row.gemms, row.launches) = (Some(products), Some(products), Some(products));
         row.traffic_bytes = Some((products * x_bytes + w_bytes + out_bytes) as u64);
@@ -137,7 +147,9 @@ impl Forms for QkvForms<'_> {
     fn verify(&mut self, _: usize) -> Result<Checked> {
         let all = self.out.each_ref().map(Tensor::to_f32);
         let widths = self.expected.each_ref().map(|e| e.width);
-        Ok(self.check(verify::limit(&[self.shape.dtype]), |part, row, column| all[part][row * widths[part] + column]))
+        // Weights and x are off by half a scale each.
+        let limit = if self.shape.weights == WeightKind::Int8 { 0.02 } else { verify::limit(&[self.shape.dtype]) };
+        Ok(self.check(limit, |part, row, column| all[part][row * widths[part] + column]))
     }
     fn verify_peer(&self, data: &[f32]) -> Checked {
         let widths = self.expected.each_ref().map(|e| e.width);
