@@ -19,12 +19,12 @@
 // fetch whole steps, which memory serves faster than the same bytes asked for row by row; 0: every thread copies 16 bytes at a time).
 // Pages have 16 rows or more.
 //
-// COPY_ENGINE needs: k, v and all their strides multiples of 16 bytes; sm_90 or later. k_map, v_map: boxes of 16 rows.
+// COPY_ENGINE needs: k, v and all their strides multiples of 16 bytes; P a multiple of 64; sm_90 or later. k_map, v_map: boxes of 16 rows.
 //
 // Launch: one block fills an SM with copies on their way, from as few places in memory as possible.
 //   block   32·WARPS threads
 //   shared  WARPS·(STAGES·step + 16·(P + 8) + 128) + 128 bytes, dynamic, where P > 128 32·P more
-//           step = 64·(P + 8); with COPY_ENGINE 4096·⌈P / 64⌉ + 16, and 1024 bytes more in all
+//           step = 64·(P + 8); with COPY_ENGINE 64·P + 16, and 1024 bytes more in all
 //   grid    x = blocks that share a row of steps, y = ⌈S_max · (H/G) / 16⌉
 //   parts   [2·x·y, part_rows, P] f32 and states [2·x·y, part_rows, 2] f32; not touched, nor are counters, when x = 1
 #include "prelude.cuh"

@@ -237,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_sm90(
 
             copies_commit();
             copies_wait<0>();
-            written_for_tensor_cores();
+            written_for_async_proxy();
             named_barrier(1 + warpgroup, 128);
 
             float s[KEY_TILES][4], acc[DIM_TILES][4];
@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_sm90(
                     const int r = valid + i / UNITS, u = i % UNITS;
                     store_shared16(to + u / 8 * (KEYS * 128) + r * 128 + u % 8 * 16, make_uint4(0, 0, 0, 0));
                 }
-                written_for_tensor_cores();
+                written_for_async_proxy();
                 named_barrier(1 + warpgroup, 128);
             };
             // Scores of the keys of tile t become weights; true when what was summed before must be multiplied by `rescale`.

@@ -44,12 +44,6 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) 
     } while (!done);
 }
 
-// A barrier of `threads` threads, one of those with the numbers 1 to 15.
-__device__ __forceinline__ void named_barrier(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
-// Counts for a barrier without waiting at it.
-__device__ __forceinline__ void named_arrive(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
 // ------------------------------------------------------------------------------------------------------------ copies
 
 // The box of a map at (c0, c1, c2, c3), innermost first, to shared memory; what lies outside the tensor becomes 0. Its bytes count for `barrier`.
@@ -60,5 +54,5 @@ __device__ __forceinline__ void copy_box(unsigned dst, const TensorMap& map, int
 }
 // The map will be read soon.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
-// What this thread wrote to shared memory becomes visible to wgmma and to the copy engine.
-__device__ __forceinline__ void written_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What this thread wrote to shared memory is ordered before what wgmma reads and the copy engine writes there later.
+__device__ __forceinline__ void written_for_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -13,14 +13,18 @@
 #include "copy_engine.cuh"
 #endif
 
-constexpr int STEP = 16;
+constexpr int STEP = 16;  // `DECODE_STEP` on the host
+
+// `Steps` of both ways: find(b, g, j) names the next step to copy, load(g, valid, inside) begins to copy it, of which `valid` rows are valid, or nothing;
+// wait_for_keys() and wait_for_values(valid) wait for the step to read, keys(n, k) and values(n) are where ldmatrix reads it, advance() goes on to the next.
 
 #if COPY_ENGINE
 
 struct StepSource : CacheMaps {};
 
 struct Steps {
-    static constexpr int BAND_BYTES = 128 * STEP, BANDS = (HEAD_DIM_PADDED + 63) / 64, TILE_BYTES = BANDS * BAND_BYTES, STAGE_BYTES = 2 * TILE_BYTES;
+    static_assert(HEAD_DIM_PADDED % 64 == 0, "whole bands");
+    static constexpr int BAND_BYTES = 128 * STEP, BANDS = HEAD_DIM_PADDED / 64, TILE_BYTES = BANDS * BAND_BYTES, STAGE_BYTES = 2 * TILE_BYTES;
     static constexpr int BYTES = STAGES * STAGE_BYTES, BARRIER_BYTES = 16 * STAGES, ALIGNMENT = 1024;  // of a warp
     const StepSource& maps;
     const Cache& cache;
@@ -54,6 +58,7 @@ struct Steps {
     }
     // Copies it; nothing if `inside` is false.
     __device__ __forceinline__ void load(int g, int, bool inside) {
+        __syncwarp();  // every lane has read the stage
         if (inside && lane == 0) {
 #pragma unroll
             for (int which = 0; which < 2; ++which) {
@@ -72,7 +77,7 @@ struct Steps {
         if (valid >= STEP) return;
         for (int i = valid * 8 + lane; i < STEP * 8; i += 32)
             for (int band = 0; band < BANDS; ++band) store_shared16(tile(stage, 1) + band * BAND_BYTES + i * 16, make_uint4(0, 0, 0, 0));
-        written_for_tensor_cores();
+        written_for_async_proxy();  // the engine fills this stage again
         __syncwarp();
     }
     // Where the lane reads for ldmatrix4: of keys 8·n … 8·n + 15 the columns 16·k … 16·k + 15, as lane_offset_b; n is even.

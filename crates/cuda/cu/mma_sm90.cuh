@@ -7,6 +7,14 @@
 
 #include "copy_engine.cuh"
 
+// ---------------------------------------------------------------------------------------------------------- barriers
+
+// A barrier of `threads` threads, one of those with the numbers 1 to 15.
+__device__ __forceinline__ void named_barrier(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
+// Counts for a barrier without waiting at it.
+__device__ __forceinline__ void named_arrive(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
 // ---------------------------------------------------------------------------------------------------------- products
 
 // What the matrix descriptor of a tile with `rows` rows says beside its address: 128-byte swizzle, 1024 bytes from 8 rows to the next 8, and from a band

@@ -20,14 +20,8 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 // Waits until at most PENDING of this thread's groups of copies are still on their way.
 template <int PENDING> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-__device__ __forceinline__ void store_shared4(unsigned dst, unsigned x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(x) : "memory"); }
 __device__ __forceinline__ void store_shared16(unsigned dst, uint4 x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ __forceinline__ uint4 load_shared16(unsigned src) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(src) : "memory");
-    return x;
 }
 __device__ __forceinline__ void store_shared2(unsigned dst, unsigned short x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst), "h"(x) : "memory"); }
 

@@ -35,7 +35,7 @@ fn data() -> PathBuf {
 }
 
 /// A spread of prefill, chunked prefill and decode, ragged too, whose plans take every kernel.
-const LINES: [&str; 8] = [
+const LINES: [&str; 10] = [
     "block b=2 s=300 past=0 e=512 h=8/2 d=64 causal rope=half bf16",
     "block b=1 s=77 past=200 e=512 h=4/4 d=128 causal window=90 qk_norm=0.000001 input_norm=0.00001 residual rope=half bf16",
     "block b=4 s=1 past=3000 e=512 h=8/2 d=64 causal rope=half input_norm=0.00001 residual f16",
@@ -43,6 +43,8 @@ const LINES: [&str; 8] = [
     "block s=5,90,1 past=100,0,700 e=256 h=4/2 d=80 causal alibi bias=qkvo f16",
     "block b=2 s=130 past=0 e=256 h=4/1 d=64 full rope=interleaved f32",
     "block b=3 s=1 past=900 e=256 h=4/2 d=33 causal rope=half,dim=32 f32",
+    "block b=3 s=1 past=700 e=256 h=6/2 d=80 causal rope=half bf16",
+    "block b=2 s=2 past=400 e=256 h=4/1 d=192 causal window=300 rope=half f16",
     "block s=5,2 past=3,40 e=64 h=2/1 d=1101 causal qk_norm=0.000001 rope=half,dim=36 bf16",
 ];
 

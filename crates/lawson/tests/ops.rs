@@ -217,6 +217,8 @@ fn check_strides(context: &Context) {
     for (line, more) in [
         ("attention b=2 s=40 past=30 h=4/2 d=20 causal", 5),
         ("attention b=2 s=1 past=100 h=4/2 d=20 causal bf16", 5),
+        ("attention b=2 s=1 past=100 h=4/2 d=20 causal bf16", 4),
+        ("attention b=2 s=1 past=100 h=4/2 d=64 causal bf16", 8),
         ("attention b=2 s=40 past=30 h=4/2 d=64 causal bf16", 0),
         ("attention b=2 s=40 past=30 h=4/2 d=64 causal bf16", 8),
         ("attention b=2 s=40 past=30 h=4/2 d=64 causal bf16", 5),

@@ -2,6 +2,7 @@
 //! for f32 and whatever those do not take.
 
 use std::{
+    collections::HashMap,
     fmt::Display,
     sync::{Mutex, PoisonError},
 };
@@ -213,8 +214,10 @@ unsafe impl KernelParams for F32Params {}
 const PADDED: [usize; 7] = [32, 64, 80, 96, 128, 192, 256];
 /// Rows of queries of a block of the decode kernel.
 const DECODE_ROWS: usize = 16;
-/// Keys that a warp of the decode kernel takes at a time.
+/// Keys that a warp of the decode kernel takes at a time: `STEP` of the source.
 const DECODE_STEP: usize = 16;
+/// Tensor maps that are kept, of as many caches.
+const MOST_MAPS: usize = 256;
 /// Compute capability of the GPUs with warpgroup products.
 const HOPPER: (u32, u32) = (9, 0);
 /// From which on GPUs have a copy engine.
@@ -398,8 +401,8 @@ pub struct Attention {
     kind: Kind,
     shape: Shape,
     section: usize,
-    /// Of the cache of the last call: one call after another has the same, and the driver takes its time to make them.
-    maps: Mutex<Option<(Cache, TensorMap, TensorMap)>>,
+    /// Of the caches of earlier calls, one for each layer of a model: the driver takes its time to make them.
+    maps: Mutex<HashMap<Cache, (TensorMap, TensorMap)>>,
 }
 
 #[derive(Debug)]
@@ -523,9 +526,11 @@ impl Attention {
     /// Keys and values as the copy engine sees them, in boxes of at most `keys` rows.
     fn cache_maps(&self, c: &Call, keys: usize, device: &Device) -> Result<(TensorMap, TensorMap)> {
         let (s, a, cache) = (&self.shape, &self.shape.spec, &c.cache);
-        let mut last = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, k, v)) = last.filter(|(of, ..)| of == cache) {
-            return Ok((k, v));
+        // Sequences of one pool have tables of their own and the same maps.
+        let key = Cache { table: u64::from(cache.table != 0), table_stride: 0, ..*cache };
+        let mut made = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&maps) = made.get(&key) {
+            return Ok(maps);
         }
         // Of a page, or those of a head that lie in memory: a box that reaches behind them gets 0.
         let rows = cache.page.max(1);
@@ -534,9 +539,12 @@ impl Attention {
         let strides = [cache.row_stride, cache.head_stride, cache.sequence_stride].map(|s| 2 * s as u64);
         let tile = [64, if cache.table == 0 { keys } else { keys.min(rows as usize) } as u32, 1, 1];
         let map = |base| TensorMap::tiled(device, s.kv_dtype, base, &dims, &strides, &tile, Swizzle::B128);
-        let (k, v) = (map(cache.k)?, map(cache.v)?);
-        *last = Some((*cache, k, v));
-        Ok((k, v))
+        let maps = (map(cache.k)?, map(cache.v)?);
+        if made.len() == MOST_MAPS {
+            made.clear();
+        }
+        made.insert(key, maps);
+        Ok(maps)
     }
 
     /// Launches of one call.
@@ -631,7 +639,7 @@ mod tests {
 
     #[test]
     fn tiles_fit_every_gpu() {
-        for shared in [99 * 1024, 163 * 1024, 227 * 1024] {
+        for (shared, copied) in [99 * 1024, 163 * 1024, 227 * 1024].into_iter().flat_map(|s| [(s, false), (s, true)]) {
             for head_dim in 1..=256 {
                 for softcap in [None, lawson_core::problem::Real::new(1.0)] {
                     let spec = AttentionSpec { softcap, ..AttentionSpec::new(1, 1, head_dim) };
@@ -640,7 +648,7 @@ mod tests {
                         dtype: DType::BF16,
                         kv_dtype: DType::BF16,
                         paged: false,
-                        copied: true,
+                        copied,
                         sequences: 1,
                         tokens: 1,
                         new: 1,

@@ -2,7 +2,7 @@
 
 /// Rows of D elements, contiguous or in pages. Strides are in elements.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Cache {
     /// Address of the keys.
     pub k: u64,

@@ -81,7 +81,7 @@ pub struct Shape {
 const HEADS: usize = 8;
 const LANE_BYTES: usize = 256;
 /// Most items of a lane: a GPU reserves a lane's local memory for as many lanes as it can hold.
-const MOST_ITEMS: usize = 128;
+const MOST_ITEMS: usize = 32;
 /// Tokens that count as few.
 const FEW_TOKENS: usize = 64;
 /// Threads of the largest block.

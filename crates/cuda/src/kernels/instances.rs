@@ -19,11 +19,12 @@ const NARROW: [DType; 2] = [DType::BF16, DType::F16];
 /// Widths that are multiples of 8, 4, 2 and 1.
 const WIDTHS: [usize; 4] = [64, 4, 2, 1];
 /// Dimensions of heads, one for each way in which kernels divide them.
-const HEAD_DIMS: [usize; 21] = [4, 33, 65, 66, 68, 100, 129, 130, 132, 258, 260, 301, 32, 64, 80, 96, 128, 192, 256, 320, 512];
+const HEAD_DIMS: [usize; 22] =
+    [1101, 4, 33, 65, 66, 68, 100, 129, 130, 132, 258, 260, 301, 32, 64, 80, 96, 128, 192, 256, 320, 512];
 /// Widths of rows of scores, one for each number of accesses of a thread.
 const SCORES: [usize; 6] = [32, 4000, 6000, 10_000, 20_000, 400_000];
 
-/// Every instance that a plan for heads of up to 512 dimensions over a cache of its own dtype may ask for; others are compiled when they are
+/// Every instance that a plan for heads of up to 512 dimensions, and some wider, over a cache of its own dtype may ask for; others are compiled when they are
 /// needed all the same.
 /// `shared` is the most bytes of shared memory of a block of a GPU of this compute capability. `tests/compile_all.rs` compiles them for every GPU it can.
 pub fn instances(compute_capability: (u32, u32), shared: u32) -> Vec<Instance> {
