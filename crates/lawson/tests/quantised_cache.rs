@@ -5,7 +5,7 @@ mod files;
 
 use files::refused;
 use lawson::{
-    Args, AttentionBlock, Batch, BlockProblem, BlockWeights, CacheDType, Context, ContextOptions, KvCache, Level, Tensor,
+    Args, AttentionBlock, Batch, BlockProblem, BlockWeights, CacheDType, Context, ContextOptions, Device, KvCache, Level, Tensor,
 };
 use lawson_core::quantised::Codes;
 use lawson_testkit::{
@@ -20,7 +20,7 @@ const E: usize = 48;
 const D: usize = 33;
 
 fn context(threads: usize) -> Context {
-    Context::new(ContextOptions { threads: Some(threads), ..Default::default() }).unwrap()
+    Context::new(ContextOptions { device: Device::Cpu, threads: Some(threads), ..Default::default() }).unwrap()
 }
 
 fn block(context: &Context, line: &str) -> AttentionBlock {
