@@ -177,7 +177,8 @@ impl ShapeArgs {
         let dtype = self.dtype.unwrap_or(DType::F32);
         let shape = Shape {
             batch: self.batch.unwrap_or(1),
-            seq: self.seq.unwrap_or(1024),
+            // Decode is of one new token behind a past.
+            seq: self.seq.unwrap_or(if study == Study::Decode && self.past.is_some() { 1 } else { 1024 }),
             past: self.past.unwrap_or(0),
             hidden: self.hidden.unwrap_or_else(|| heads.saturating_mul(head_dim)),
             heads,

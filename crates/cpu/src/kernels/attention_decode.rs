@@ -4,19 +4,21 @@
 //! less than the processor's operations for each byte that a read loop gets. Some keys at a time, so that they and their values
 //! stay in first-level cache while the heads take turns at them; each phase fetches the next rows of what it reads. Scores are
 //! dot products along D, LANES of them summed across their lanes at once, and stand as [keys, heads], so that the heads' softmax is one;
-//! values stand in the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time. Codes of a quantised cache become f32 once for
-//! all heads, a tile at a time.
+//! values stand in the lanes. Elements narrower than f32 are widened, bf16 two vectors at a time. Codes of a quantised cache are
+//! multiplied as they are (`attention_decode_codes`); those of a group that is not finished, and of odd widths, become f32 once for all heads, a
+//! tile at a time.
 
-use lawson_core::{CacheDType, DType, problem::AttentionSpec};
+use lawson_core::{CacheDType, DType, problem::AttentionSpec, quantised::GROUP};
 
 use super::{
     attention::{Attention, LOG2_E, finish},
-    codes::Cache,
+    attention_decode_codes::{CodeScores, CodeWeigh},
+    codes::{Cache, with_codes},
     rows::{CacheRows, load_row, with_elem},
 };
 use crate::{
     math::{exp2, tanh},
-    simd::{Elem, Load, ScoreTile, Simd, VALUE_COLUMNS, ValueTile},
+    simd::{Load, Outlined, ScoreTile, Simd, VALUE_COLUMNS, ValueTile},
 };
 
 /// Bytes of a tile's keys: they, the tile's values, and the keys and values behind them that are fetched on the way are a first-level cache.
@@ -41,6 +43,30 @@ pub fn scratch_len(spec: &AttentionSpec, kv_dtype: CacheDType, lanes: usize) -> 
     group * (2 * width + 3) + (TILE + SPARE) * group + TILE * width + keys
 }
 
+/// Calls `$body` with `$r` as the constant that `$heads` is.
+macro_rules! with_heads {
+    ($heads:expr, $r:ident => $body:expr) => {
+        match $heads {
+            8 if S::LANES >= 8 => {
+                const $r: usize = 8;
+                $body
+            }
+            4 => {
+                const $r: usize = 4;
+                $body
+            }
+            2 => {
+                const $r: usize = 2;
+                $body
+            }
+            _ => {
+                const $r: usize = 1;
+                $body
+            }
+        }
+    };
+}
+
 /// Computes one work item: all heads of a group over one part of the keys.
 /// # Safety
 /// `a` describes valid memory and each of its sequences has one new token; `scratch` is writable as [`scratch_len`] f32; no other
@@ -59,15 +85,24 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
     let alpha = l.wrapping_add(group);
     let keys = alpha.wrapping_add(group);
     // What the tiles are of: rows of the cache, or of `keys` and `values`, which codes are expanded into.
-    let (dtype, stride, expanded) = match &a.cache {
+    let (dtype, stride, quantised) = match &a.cache {
         Cache::Elements(c) => (c.dtype, c.row_stride, false),
         Cache::Codes(_) => (DType::F32, width, true),
     };
     let (factor, cap) = a.factors();
     let position = a.past[b] + item.queries.start;
     let seen = a.visible(b, item.queries.start, item.part);
-    let even_odd = with_elem!(dtype, T => T::EVEN_ODD);
-    let tile = tile_keys(d * dtype.size());
+    // Codes of a finished group of keys are multiplied as they are.
+    let codes = match &a.cache {
+        Cache::Codes(c) if d.is_multiple_of(GROUP) => Some(c),
+        _ => None,
+    };
+    let finished = a.len(b) / GROUP * GROUP;
+    let even_odd = match codes {
+        Some(c) => with_codes!(c.codes, T => T::EVEN_ODD),
+        None => with_elem!(dtype, T => T::EVEN_ODD),
+    };
+    let tile = if quantised { GROUP } else { tile_keys(d * dtype.size()) };
     // SAFETY: the caller's; the carving above is what `scratch_len` counts.
     unsafe {
         for r in 0..group {
@@ -81,7 +116,7 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
                 s.store(q.add(j), s.mul(s.load(q.add(j)), s.splat(factor)));
             }
             if even_odd {
-                reorder::<S>(q, d, false);
+                reorder(s, q, d, false);
             }
             m.add(r).write(f32::NEG_INFINITY);
             l.add(r).write(0.0);
@@ -90,93 +125,106 @@ pub unsafe fn attention_decode<S: Simd>(s: S, a: &Attention<'_>, item: usize, sc
         while start < seen.end {
             let end = (start / tile * tile + tile).min(seen.end);
             let n = end - start;
+            let codes = codes.filter(|_| end <= finished);
+            let expanded = quantised && codes.is_none();
             let mut k = a.cache.k_row(b, item.kv_head, start);
             let v = a.cache.v_row(b, item.kv_head, start);
+            // The last tile has none behind it, so that it fetches what it has.
+            let ahead = if end < seen.end && !expanded { n * a.cache.row_bytes() } else { 0 };
             if expanded {
                 a.cache.load_keys(s, [b, item.kv_head], start..end, a.len(b), d, keys, width);
                 k = keys.cast();
             }
-            // The last tile has none behind it, so that it fetches what it has.
-            let ahead = if end < seen.end && !expanded { n * stride * dtype.size() } else { 0 };
             let (next_k, next_v) = (k.wrapping_add(ahead), v.wrapping_add(ahead));
-            let mut r = 0;
-            macro_rules! attend {
-                ($heads:literal) => {{
-                    let keys = S::LANES / $heads;
-                    let at = |r: usize, j: usize| p.wrapping_add(j * $heads + r);
-                    let (q, acc) = (q.add(r * width), acc.add(r * width));
-                    with_elem!(dtype, T => {
-                        let (k, next) = (k.cast::<T>(), next_k.cast::<T>());
-                        if r == 0 {
-                            scores::<S, T, $heads, true>(s, q, d, k, stride, n, p, next);
-                        } else {
-                            scores::<S, T, $heads, false>(s, q, d, k, stride, n, p, k);
-                        }
-                    });
-                    if let Some(cap) = cap {
-                        // Scores behind the last key are anything; they become −∞ below.
-                        for j in (0..n.next_multiple_of(keys) * $heads).step_by(S::LANES) {
-                            s.store(p.add(j), s.mul(tanh(s, s.load(p.add(j))), s.splat(cap)));
-                        }
-                    }
-                    if a.slopes.is_some() || a.mask.is_some() {
-                        for i in 0..$heads {
-                            let head = head0 + r + i;
-                            if let Some(slope) = a.slopes.map(|x| *x.add(head) * LOG2_E) {
-                                for j in 0..n {
-                                    *at(i, j) += slope * ((start + j) as f32 - position as f32);
-                                }
-                            }
-                            if let Some(mask) = a.mask.map(|x| x.row(b, head, item.queries.start)) {
-                                for j in 0..n {
-                                    if *mask.add(start + j) == 0 {
-                                        at(i, j).write(f32::NEG_INFINITY);
-                                    }
-                                }
-                            }
-                        }
-                    }
-                    for i in n * $heads..n.next_multiple_of(keys) * $heads {
-                        p.add(i).write(f32::NEG_INFINITY);
-                    }
-                    if softmax::<S, $heads>(s, p, n.next_multiple_of(keys) * $heads, m.add(r), l.add(r), alpha) {
-                        if d == width && !expanded {
-                            with_elem!(dtype, T => {
-                                let (v, next) = (v.cast::<T>(), next_v.cast::<T>());
-                                if r == 0 {
-                                    weigh::<S, T, $heads, true>(s, p, n, v, stride, acc, alpha, width, next);
-                                } else {
-                                    weigh::<S, T, $heads, false>(s, p, n, v, stride, acc, alpha, width, v);
-                                }
-                            });
-                        } else {
-                            let values = values.cast_const();
-                            weigh::<S, f32, $heads, false>(s, p, n, values, width, acc, alpha, width, values);
-                        }
-                    }
-                    r += $heads;
-                }};
-            }
             if d != width || expanded {
                 // Whole vectors would reach past the last row, so that odd widths go through padded rows.
                 for j in 0..n {
                     s.store(values.add(j * width + width - S::LANES), s.splat(0.0));
                     a.cache.load_value(s, [b, item.kv_head], start + j, d, values.add(j * width));
+                    if expanded && even_odd {
+                        reorder(s, keys.add(j * width), d, false);
+                        reorder(s, values.add(j * width), d, false);
+                    }
                 }
             }
+            let mut r = 0;
             while r < group {
-                match (group - r, S::LANES) {
-                    (8.., 8 | 16) => attend!(8),
-                    (4.., _) => attend!(4),
-                    (2.., _) => attend!(2),
-                    _ => attend!(1),
+                let heads = match (group - r, S::LANES) {
+                    (8.., 8 | 16) => 8,
+                    (4.., _) => 4,
+                    (2.., _) => 2,
+                    _ => 1,
+                };
+                let (q, acc, m, l) = (q.add(r * width), acc.add(r * width), m.add(r), l.add(r));
+                // The first heads fetch what follows for all; the others have what they read.
+                let (next_k, next_v) = if r == 0 { (next_k, next_v) } else { (k, v) };
+                match codes {
+                    Some(c) => with_codes!(c.codes, T => {
+                        let (k, next, stride) = (k.cast::<T>(), next_k.cast::<T>(), d / T::PACKED);
+                        let scales = c.k_scales(b, item.kv_head, start).cast_const();
+                        let lost = *c.lost(b, item.kv_head, start) >> (start % GROUP);
+                        with_heads!(heads, R => {
+                            let scores = Scores::<T, R> { q, d, k, stride, n, p, next };
+                            s.call(CodeScores { scores, scales, lost, folded: keys });
+                        });
+                    }),
+                    None => with_elem!(dtype, T => {
+                        let (k, next) = (k.cast::<T>(), next_k.cast::<T>());
+                        with_heads!(heads, R => s.call(Scores::<T, R> { q, d, k, stride, n, p, next }));
+                    }),
                 }
+                // Scores behind the last key are anything; they become −∞ below.
+                let len = n.next_multiple_of(S::LANES / heads) * heads;
+                if let Some(cap) = cap {
+                    for j in (0..len).step_by(S::LANES) {
+                        s.store(p.add(j), s.mul(tanh(s, s.load(p.add(j))), s.splat(cap)));
+                    }
+                }
+                for i in 0..heads {
+                    let (p, head) = (p.add(i), head0 + r + i);
+                    if let Some(slope) = a.slopes.map(|x| *x.add(head) * LOG2_E) {
+                        for j in 0..n {
+                            *p.add(j * heads) += slope * ((start + j) as f32 - position as f32);
+                        }
+                    }
+                    if let Some(mask) = a.mask.map(|x| x.row(b, head, item.queries.start)) {
+                        for j in 0..n {
+                            if *mask.add(start + j) == 0 {
+                                p.add(j * heads).write(f32::NEG_INFINITY);
+                            }
+                        }
+                    }
+                }
+                for i in n * heads..len {
+                    p.add(i).write(f32::NEG_INFINITY);
+                }
+                if with_heads!(heads, R => softmax::<S, R>(s, p, len, m, l, alpha)) {
+                    if let Some(c) = codes {
+                        with_codes!(c.codes, T => {
+                            let (v, next, stride) = (v.cast::<T>(), next_v.cast::<T>(), d / T::PACKED);
+                            let scales = c.v_scales(b, item.kv_head, start).cast_const();
+                            with_heads!(heads, R => {
+                                let weigh = Weigh::<T, R> { p, p_step: 0, n, v, stride, acc, alpha, width, next };
+                                s.call(CodeWeigh { weigh, scales, folded: values });
+                            });
+                        });
+                    } else if d == width && !expanded {
+                        with_elem!(dtype, T => {
+                            let (v, next) = (v.cast::<T>(), next_v.cast::<T>());
+                            with_heads!(heads, R => s.call(Weigh::<T, R> { p, p_step: 0, n, v, stride, acc, alpha, width, next }));
+                        });
+                    } else {
+                        let (v, stride) = (values.cast_const(), width);
+                        with_heads!(heads, R => s.call(Weigh::<f32, R> { p, p_step: 0, n, v, stride, acc, alpha, width, next: v }));
+                    }
+                }
+                r += heads;
             }
             start = end;
         }
         for r in 0..group {
             if even_odd && d == width {
-                reorder::<S>(acc.add(r * width), d, true);
+                reorder(s, acc.add(r * width), d, true);
             }
             finish(s, a, head0 + r, item.row, item.part, acc.add(r * width), *m.add(r), *l.add(r));
         }
@@ -190,36 +238,42 @@ const fn paired<S: Simd>(d: usize) -> usize {
 
 /// Puts the paired dimensions of a row at even places first and those at odd places second, in blocks of two vectors; or back again.
 #[inline(always)]
-unsafe fn reorder<S: Simd>(row: *mut f32, d: usize, back: bool) {
+unsafe fn reorder<S: Simd>(s: S, row: *mut f32, d: usize, back: bool) {
     for block in (0..paired::<S>(d)).step_by(2 * S::LANES) {
-        let mut was = [0f32; 32];
-        for i in 0..S::LANES {
-            let (apart, together) = ([i, S::LANES + i], [2 * i, 2 * i + 1]);
-            let (from, to) = if back { (apart, together) } else { (together, apart) };
-            for (from, to) in from.into_iter().zip(to) {
-                // SAFETY: the block lies within the row of D elements.
-                was[to] = unsafe { *row.add(block + from) };
-            }
+        let at = row.wrapping_add(block);
+        // SAFETY: the block lies within the row of D elements.
+        unsafe {
+            let was = [s.load(at), s.load(at.add(S::LANES))];
+            let [x, y] = if back { s.interleave(was) } else { s.deinterleave(was) };
+            s.store(at, x);
+            s.store(at.add(S::LANES), y);
         }
-        // SAFETY: as above.
-        unsafe { std::ptr::copy_nonoverlapping(was.as_ptr(), row.add(block), 2 * S::LANES) };
     }
 }
 
 /// p[j, r] = q[r] · k[j] for `R` heads and `n` keys. LANES sums are added up across their lanes at once. The rows from `next` on, as many,
 /// are fetched on the way.
-#[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
+#[derive(Clone, Copy)]
+pub(super) struct Scores<T, const R: usize> {
+    pub q: *const f32,
+    pub d: usize,
+    pub k: *const T,
+    pub stride: usize,
+    pub n: usize,
+    pub p: *mut f32,
+    pub next: *const T,
+}
+
+impl<T: Load, const R: usize> Outlined for Scores<T, R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { scores(s, self) }
+    }
+}
+
 #[inline(always)]
-unsafe fn scores<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
-    s: S,
-    q: *const f32,
-    d: usize,
-    k: *const T,
-    stride: usize,
-    n: usize,
-    p: *mut f32,
-    next: *const T,
-) {
+pub(super) unsafe fn scores<S: Simd, T: Load, const R: usize>(s: S, Scores { q, d, k, stride, n, p, next }: Scores<T, R>) {
     let (width, keys) = (d.next_multiple_of(S::LANES), S::LANES / R);
     let mut j = 0;
     'tiles: while R.is_multiple_of(4) && j + 3 <= n {
@@ -250,12 +304,9 @@ unsafe fn scores<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
             }
             while i + 2 * S::LANES <= d {
                 for key in 0..keys {
-                    let at = k.add((j + key.min(last)) * stride + i);
-                    if FETCH {
-                        let two = 2 * S::LANES;
-                        let near = if stride == d { i * keys + key * two } else { key * stride + i };
-                        fetch::<S, T>(s, next.wrapping_add(j * stride + near));
-                    }
+                    let at = k.add((j + key.min(last)) * stride + i / T::PACKED);
+                    let near = if stride * T::PACKED == d { i * keys + key * 2 * S::LANES } else { key * stride * T::PACKED + i };
+                    fetch::<S, T>(s, next.wrapping_add(j * stride + near / T::PACKED));
                     let [x, y] = T::load_two(s, at);
                     multiply!(key, i, x);
                     multiply!(key, i + S::LANES, y);
@@ -265,7 +316,7 @@ unsafe fn scores<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
             while i < d {
                 let count = S::LANES.min(d - i);
                 for key in 0..keys {
-                    let at = k.add((j + key.min(last)) * stride + i);
+                    let at = k.add((j + key.min(last)) * stride + i / T::PACKED);
                     let x = if count == S::LANES { T::load(s, at) } else { T::load_n(s, at, count) };
                     multiply!(key, i, x);
                 }
@@ -308,7 +359,7 @@ fn of_head<S: Simd, const HEADS: usize>(s: S, v: S::F, pick: impl Fn(f32, f32) -
 /// # Safety
 /// `heads` is readable as `HEADS` f32.
 #[inline(always)]
-unsafe fn each_head<S: Simd, const HEADS: usize>(s: S, heads: *const f32) -> S::F {
+pub(super) unsafe fn each_head<S: Simd, const HEADS: usize>(s: S, heads: *const f32) -> S::F {
     let mut lanes = [0f32; 16];
     // SAFETY: the caller's; LANES ≤ 16.
     unsafe {
@@ -353,18 +404,32 @@ unsafe fn softmax<S: Simd, const HEADS: usize>(s: S, p: *mut f32, len: usize, m:
 }
 
 /// acc[r] = acc[r] · alpha[r] + Σ p[j, r] · v[j] for `R` heads. The rows from `next` on, as many, are fetched on the way.
-#[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
+#[derive(Clone, Copy)]
+pub(super) struct Weigh<T, const R: usize> {
+    pub p: *const f32,
+    /// From the weights for [`GROUP`] dimensions to those for the next; 0 where they are the same.
+    pub p_step: usize,
+    pub n: usize,
+    pub v: *const T,
+    pub stride: usize,
+    pub acc: *mut f32,
+    pub alpha: *const f32,
+    pub width: usize,
+    pub next: *const T,
+}
+
+impl<T: Load, const R: usize> Outlined for Weigh<T, R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { weigh(s, self) }
+    }
+}
+
 #[inline(always)]
-unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
+pub(super) unsafe fn weigh<S: Simd, T: Load, const R: usize>(
     s: S,
-    p: *const f32,
-    n: usize,
-    v: *const T,
-    stride: usize,
-    acc: *mut f32,
-    alpha: *const f32,
-    width: usize,
-    next: *const T,
+    Weigh { p, p_step, n, v, stride, acc, alpha, width, next }: Weigh<T, R>,
 ) {
     // As many accumulators as hide the latency of an FMA, from few heads or many.
     macro_rules! columns {
@@ -372,9 +437,10 @@ unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
             for r in (0..R).step_by($heads) {
                 let (p, acc, alpha) = (p.add(r), acc.add(r * width), alpha.add(r));
                 let next = if r == 0 { next } else { v };
-                let at = |i: usize| next.wrapping_add(if stride == width { i * n } else { i });
+                let contiguous = stride * T::PACKED == width;
+                let at = |i: usize| next.wrapping_add(if contiguous { i * n } else { i } / T::PACKED);
                 let mut i = 0;
-                while $heads == 4 && i + VALUE_COLUMNS <= width {
+                while $heads == 4 && p_step == 0 && i + VALUE_COLUMNS <= width {
                     let half = VALUE_COLUMNS / 2;
                     let next_stride = if stride == width { half } else { stride };
                     let (v, acc, next) = (v.add(i), acc.add(i), [at(i), at(i + half)]);
@@ -384,21 +450,13 @@ unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
                     i += VALUE_COLUMNS;
                 }
                 macro_rules! tile {
-                    ($count:literal, $two:literal) => {
-                        weigh_tile::<S, T, R, $heads, $count, $two, FETCH>(
-                            s,
-                            p,
-                            n,
-                            v.add(i),
-                            stride,
-                            acc.add(i),
-                            alpha,
-                            width,
-                            at(i),
-                        )
-                    };
+                    ($count:literal, $two:literal) => {{
+                        let (p, v) = (p.add(i / GROUP * p_step), v.add(i / T::PACKED));
+                        weigh_tile::<S, T, R, $heads, $count, $two>(s, p, n, v, stride, acc.add(i), alpha, width, at(i))
+                    }};
                 }
-                while i + $pairs * 2 * S::LANES <= width {
+                // Weights are the same within GROUP dimensions.
+                while (p_step == 0 || $pairs * 2 * S::LANES <= GROUP) && i + $pairs * 2 * S::LANES <= width {
                     tile!($pairs, true);
                     i += $pairs * 2 * S::LANES;
                 }
@@ -428,15 +486,7 @@ unsafe fn weigh<S: Simd, T: Elem, const R: usize, const FETCH: bool>(
 /// [`weigh`] of `R` of `HEADS` heads over `PAIRS` pairs of vectors, or over one vector.
 #[expect(clippy::too_many_arguments, reason = "the registers of one inner loop")]
 #[inline(always)]
-unsafe fn weigh_tile<
-    S: Simd,
-    T: Elem,
-    const HEADS: usize,
-    const R: usize,
-    const PAIRS: usize,
-    const TWO: bool,
-    const FETCH: bool,
->(
+unsafe fn weigh_tile<S: Simd, T: Load, const HEADS: usize, const R: usize, const PAIRS: usize, const TWO: bool>(
     s: S,
     p: *const f32,
     n: usize,
@@ -448,7 +498,7 @@ unsafe fn weigh_tile<
     next: *const T,
 ) {
     let keys = S::LANES / R;
-    let step = if stride == width { PAIRS * 2 * S::LANES } else { stride };
+    let step = if stride * T::PACKED == width { PAIRS * 2 * S::LANES / T::PACKED } else { stride };
     // SAFETY: the caller's.
     unsafe {
         let mut sums = [[[s.splat(0.0); 2]; PAIRS]; R];
@@ -457,8 +507,9 @@ unsafe fn weigh_tile<
                 let (p, v, next) = (p.add($j * HEADS), v.add($j * stride), next.wrapping_add($j * step));
                 let mut x = [[s.splat(0.0); 2]; PAIRS];
                 for (i, x) in x.iter_mut().enumerate() {
-                    let (v, next) = (v.add(i * 2 * S::LANES), next.wrapping_add(i * 2 * S::LANES));
-                    if FETCH && TWO {
+                    let at = i * 2 * S::LANES / T::PACKED;
+                    let (v, next) = (v.add(at), next.wrapping_add(at));
+                    if TWO {
                         fetch::<S, T>(s, next);
                     }
                     *x = if TWO { T::load_two(s, v) } else { [T::load(s, v), s.splat(0.0)] };

@@ -32,6 +32,8 @@ macro_rules! with_codes {
     };
 }
 
+pub(super) use with_codes;
+
 /// One layer of a quantised cache, each part contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct CodeRows {

@@ -4,6 +4,7 @@
 
 pub mod attention;
 pub mod attention_decode;
+mod attention_decode_codes;
 pub mod attention_prefill;
 pub mod attention_prefill_bf16;
 pub mod codes;

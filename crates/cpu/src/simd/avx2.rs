@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use super::{
-    Elem, QueryTile, ScoreTile, Simd, ValueTile,
+    Load, Outlined, QueryTile, ScoreTile, Simd, ValueTile,
     int8_x86::{Int8, Widening, methods},
 };
 
@@ -26,6 +26,8 @@ impl<I: Int8> Avx2<I> {
 
 /// The upper halves of 32 bits.
 static ODD: [u32; 8] = [0xffff_0000; 8];
+/// The lower halves of bytes, one in 32 bits.
+static LOW: [u32; 8] = [0xf; 8];
 
 const MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 
@@ -53,6 +55,18 @@ impl<I: Int8> Simd for Avx2<I> {
     const QUERY_ROWS: usize = 4;
     methods!(I, words_256, words_256_probe, vnni_256, vnni_256_probe, 8);
     type F = __m256;
+
+    #[inline(always)]
+    unsafe fn call<B: Outlined>(self, body: B) {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline(never)]
+        unsafe fn apart<I: Int8, B: Outlined>(s: Avx2<I>, body: B) {
+            // SAFETY: the caller's.
+            unsafe { body.run(s) }
+        }
+        // SAFETY: the caller's; the token proves the features.
+        unsafe { apart(self, body) }
+    }
 
     ops! {
         add(a, b) => _mm256_add_ps(a, b);
@@ -206,13 +220,13 @@ impl<I: Int8> Simd for Avx2<I> {
     /// In assembly for the same reason: 12 sums, three keys and a query take all registers. Eight sums would fit without, but then each
     /// waits for its last FMA.
     #[inline(always)]
-    unsafe fn score_tile<T: Elem, const HEADS: usize>(self, t: &ScoreTile<T>) -> bool {
+    unsafe fn score_tile<T: Load, const HEADS: usize>(self, t: &ScoreTile<T>) -> bool {
         if !t.d.is_multiple_of(16) {
             return false;
         }
         // Keys that lie together are fetched in the order of their addresses.
-        let step = 16 * size_of::<T>();
-        let (part, next_step) = if t.stride == t.d { (step, 3 * step) } else { (t.stride * size_of::<T>(), step) };
+        let step = 16 * size_of::<T>() / T::PACKED;
+        let (part, next_step) = if t.stride * T::PACKED == t.d { (step, 3 * step) } else { (t.stride * size_of::<T>(), step) };
         /// Eight dimensions of four queries, behind those of three keys in ymm12 to ymm14.
         macro_rules! multiply {
             ($at:literal) => {
@@ -300,7 +314,7 @@ impl<I: Int8> Simd for Avx2<I> {
                     sum!(2, 5, 8, 11, 2),
                     q = inout(reg) t.q => _, k = inout(reg) t.k => _, next = inout(reg) t.next => _, part = in(reg) part, next_step = in(reg) next_step,
                     n = inout(reg) t.d / 16 => _, row = in(reg) t.stride * size_of::<T>(), q_row = in(reg) 4 * t.d,
-                    q_row3 = in(reg) 12 * t.d, p = in(reg) t.p, step = const 16 * size_of::<T>(), p_row = const 4 * HEADS, $($mask)*
+                    q_row3 = in(reg) 12 * t.d, p = in(reg) t.p, step = const 16 * size_of::<T>() / T::PACKED, p_row = const 4 * HEADS, $($mask)*
                     out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _, out("ymm4") _, out("ymm5") _, out("ymm6") _,
                     out("ymm7") _, out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _, out("ymm12") _, out("ymm13") _,
                     out("ymm14") _, out("ymm15") _, options(nostack)
@@ -310,7 +324,29 @@ impl<I: Int8> Simd for Avx2<I> {
         // SAFETY: the caller's: four rows of q and three of k, of at least 16 elements and whole steps of 16, and 12 scores; the token
         // proves AVX2 and FMA. A prefetch of any address is harmless.
         unsafe {
-            if T::EVEN_ODD {
+            if T::PACKED == 2 {
+                tile!(
+                    "vpmovzxbd ymm12, [{k}]", "vpmovzxbd ymm13, [{k} + {row}]", "vpmovzxbd ymm14, [{k} + 2*{row}]",
+                    "vmovdqu ymm15, [{low}]",
+                    "vpand ymm12, ymm12, ymm15", "vpand ymm13, ymm13, ymm15", "vpand ymm14, ymm14, ymm15",
+                    "vcvtdq2ps ymm12, ymm12", "vcvtdq2ps ymm13, ymm13", "vcvtdq2ps ymm14, ymm14",
+                    multiply!(0),
+                    "vpmovzxbd ymm12, [{k}]", "vpmovzxbd ymm13, [{k} + {row}]", "vpmovzxbd ymm14, [{k} + 2*{row}]",
+                    "vpsrld ymm12, ymm12, 4", "vpsrld ymm13, ymm13, 4", "vpsrld ymm14, ymm14, 4",
+                    "vcvtdq2ps ymm12, ymm12", "vcvtdq2ps ymm13, ymm13", "vcvtdq2ps ymm14, ymm14",
+                    multiply!(32);
+                    low = in(reg) LOW.as_ptr(),
+                );
+            } else if size_of::<T>() == 1 {
+                tile!(
+                    "vpmovsxbd ymm12, [{k}]", "vpmovsxbd ymm13, [{k} + {row}]", "vpmovsxbd ymm14, [{k} + 2*{row}]",
+                    "vcvtdq2ps ymm12, ymm12", "vcvtdq2ps ymm13, ymm13", "vcvtdq2ps ymm14, ymm14",
+                    multiply!(0),
+                    "vpmovsxbd ymm12, [{k} + 8]", "vpmovsxbd ymm13, [{k} + {row} + 8]", "vpmovsxbd ymm14, [{k} + 2*{row} + 8]",
+                    "vcvtdq2ps ymm12, ymm12", "vcvtdq2ps ymm13, ymm13", "vcvtdq2ps ymm14, ymm14",
+                    multiply!(32);
+                );
+            } else if T::EVEN_ODD {
                 tile!(
                     "vmovdqu ymm12, [{k}]", "vmovdqu ymm13, [{k} + {row}]", "vmovdqu ymm14, [{k} + 2*{row}]",
                     "vpslld ymm12, ymm12, 16", "vpslld ymm13, ymm13, 16", "vpslld ymm14, ymm14, 16",
@@ -340,7 +376,7 @@ impl<I: Int8> Simd for Avx2<I> {
     }
     /// In assembly for the same reason: 12 sums, three vectors of values and a weight.
     #[inline(always)]
-    unsafe fn value_tile<T: Elem, const HEADS: usize>(self, t: &ValueTile<T>) -> bool {
+    unsafe fn value_tile<T: Load, const HEADS: usize>(self, t: &ValueTile<T>) -> bool {
         /// One head's share of three vectors of values in ymm12 to ymm14.
         macro_rules! weigh {
             ($at:literal, $x:literal, $y:literal, $z:literal) => {
@@ -536,6 +572,15 @@ impl<I: Int8> Simd for Avx2<I> {
         unsafe {
             let (low, high) = (_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
             [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token proves AVX2. Within 128 bits first, then the middle quarters change places.
+        unsafe {
+            let (even, odd) = (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+            let (even, odd) = (_mm256_castps_pd(even), _mm256_castps_pd(odd));
+            [_mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(even)), _mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(odd))]
         }
     }
     #[inline(always)]

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use super::{
-    DOT_STEPS, DotState, DotTile, Simd,
+    DOT_STEPS, DotState, DotTile, Outlined, Simd,
     dots::{Dots, Widened},
     int8_x86::{Int8, Vnni, methods},
 };
@@ -141,6 +141,18 @@ impl<D: Dots> Simd for Avx512<D> {
     methods!(D::Int8, words_512, words_512_probe, vnni_512, vnni_512_probe, 16);
     const DOT_PROBE_FLOPS: usize = D::PROBE_FLOPS;
     type F = __m512;
+
+    #[inline(always)]
+    unsafe fn call<B: Outlined>(self, body: B) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        #[inline(never)]
+        unsafe fn apart<D: Dots, B: Outlined>(s: Avx512<D>, body: B) {
+            // SAFETY: the caller's.
+            unsafe { body.run(s) }
+        }
+        // SAFETY: the caller's; the token proves the features.
+        unsafe { apart(self, body) }
+    }
 
     ops! {
         add(a, b) => _mm512_add_ps(a, b);
@@ -294,6 +306,15 @@ impl<D: Dots> Simd for Avx512<D> {
             let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
             [_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)]
+        }
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: the token proves AVX-512 F.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            [_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)]
         }
     }
     #[inline(always)]

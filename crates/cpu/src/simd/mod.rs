@@ -148,6 +148,14 @@ pub struct DotState {
     rows: usize,
 }
 
+/// What of a kernel is a function of its own: what has many variants, so that each is compiled apart and in parallel.
+pub trait Outlined {
+    /// Runs it. Marked `#[inline(always)]`.
+    /// # Safety
+    /// What the fields say.
+    unsafe fn run<S: Simd>(self, s: S);
+}
+
 /// A token of an instruction set; holding one proves that the processor has it.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// f32 elements of a vector.
@@ -170,6 +178,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const INT8_PROBE_OPS: usize = 2 * 2 * 8;
     /// `LANES` f32.
     type F: Copy;
+
+    /// Runs `body` as a function of its own, with the features of this instruction set's vectors alone: not those of its dot products and
+    /// int8 products.
+    /// # Safety
+    /// As [`Outlined::run`].
+    unsafe fn call<B: Outlined>(self, body: B);
 
     /// All lanes `v`.
     fn splat(self, v: f32) -> Self::F;
@@ -308,15 +322,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// q is readable as [4, D], k as [3, D], p writable as [3, 4].
     #[inline(always)]
-    unsafe fn score_tile<T: Elem, const HEADS: usize>(self, _t: &ScoreTile<T>) -> bool {
+    unsafe fn score_tile<T: Load, const HEADS: usize>(self, _t: &ScoreTile<T>) -> bool {
         false
     }
     /// Computes a tile of weighted values, whose weights are `HEADS` apart from key to key, and returns true where this instruction set has it in
-    /// assembly; else does nothing.
+    /// assembly, for elements of more than a byte; else does nothing.
     /// # Safety
     /// There is a key; p is readable as [n, 4], v as [n, VALUE_COLUMNS], alpha as 4 f32, acc readable and writable as [4, VALUE_COLUMNS].
     #[inline(always)]
-    unsafe fn value_tile<T: Elem, const HEADS: usize>(self, _t: &ValueTile<T>) -> bool {
+    unsafe fn value_tile<T: Load, const HEADS: usize>(self, _t: &ValueTile<T>) -> bool {
         false
     }
 
@@ -352,6 +366,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn swap_pairs(self, v: Self::F) -> Self::F;
     /// Two vectors that lie side by side, from their elements at even places and those at odd ones.
     fn interleave(self, v: [Self::F; 2]) -> [Self::F; 2];
+    /// The elements at even places of two vectors that lie side by side, and those at odd ones.
+    fn deinterleave(self, v: [Self::F; 2]) -> [Self::F; 2];
     /// Transposes a square of `LANES` × `LANES` elements of 32 bits.
     /// # Safety
     /// `src` is readable and `dst` writable as `LANES` rows of `LANES` elements, `src_stride` and `dst_stride` apart; they do not overlap.
@@ -368,6 +384,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
 pub trait Load: Copy + Send + Sync + 'static {
     /// Elements of one of these.
     const PACKED: usize = 1;
+    /// Whether these are codes to which a minimum is added.
+    const MINIMA: bool = false;
     /// Whether [`Load::load_two`] gives elements at even places and at odd ones, not halves.
     const EVEN_ODD: bool = false;
     /// Element `i`, as f32.
@@ -449,6 +467,7 @@ pub struct TwoU4(u8);
 
 impl Load for TwoU4 {
     const PACKED: usize = 2;
+    const MINIMA: bool = true;
     const EVEN_ODD: bool = true;
     #[inline(always)]
     unsafe fn get(p: *const TwoU4, i: usize) -> f32 {

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use super::{
-    DOT_STEPS, DotState, DotTile, Simd,
+    DOT_STEPS, DotState, DotTile, Outlined, Simd,
     dots::{Dots, Widened},
 };
 
@@ -270,6 +270,18 @@ impl<D: Dots> Simd for Neon<D> {
     const DOT_PROBE_FLOPS: usize = D::PROBE_FLOPS;
     type F = V;
 
+    #[inline(always)]
+    unsafe fn call<B: Outlined>(self, body: B) {
+        #[target_feature(enable = "neon")]
+        #[inline(never)]
+        unsafe fn apart<D: Dots, B: Outlined>(s: Neon<D>, body: B) {
+            // SAFETY: the caller's.
+            unsafe { body.run(s) }
+        }
+        // SAFETY: the caller's; the token proves the features.
+        unsafe { apart(self, body) }
+    }
+
     ops! {
         add(a, b) => vaddq_f32(a, b);
         sub(a, b) => vsubq_f32(a, b);
@@ -453,6 +465,11 @@ impl<D: Dots> Simd for Neon<D> {
                 [vzip1q_f32(even[1], odd[1]), vzip2q_f32(even[1], odd[1])],
             ]
         }
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [V; 2]) -> [V; 2] {
+        // SAFETY: the token proves Advanced SIMD.
+        unsafe { [[vuzp1q_f32(a[0], a[1]), vuzp1q_f32(b[0], b[1])], [vuzp2q_f32(a[0], a[1]), vuzp2q_f32(b[0], b[1])]] }
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{Outlined, Simd};
 
 /// The portable token.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +22,11 @@ impl Simd for Portable {
     const QUERY_ROWS: usize = 4;
     type F = V;
 
+    #[inline(never)]
+    unsafe fn call<B: Outlined>(self, body: B) {
+        // SAFETY: the caller's.
+        unsafe { body.run(self) }
+    }
     #[inline(always)]
     fn fetch(self, _: *const u8) {}
     #[inline(always)]
@@ -148,6 +153,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn interleave(self, [a, b]: [V; 2]) -> [V; 2] {
         [[a[0], b[0], a[1], b[1]], [a[2], b[2], a[3], b[3]]]
+    }
+    #[inline(always)]
+    fn deinterleave(self, [a, b]: [V; 2]) -> [V; 2] {
+        [[a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]]]
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
