@@ -66,7 +66,7 @@ pub fn explain(plan: &BlockPlan) -> String {
         for s in &stage.steps {
             n += 1;
             let params = match s.op {
-                Op::Projection(p) => format!(" row tile {}", p.row_tile),
+                Op::Projection(p) if p.row_tile > 0 => format!(" row tile {}", p.row_tile),
                 Op::Attention(t) | Op::MergeSplits(t) => {
                     let split = match (t.split, t.shares) {
                         (Some(s), _) => format!("parts of {s} rows"),

@@ -37,7 +37,8 @@ pub struct Projection {
     pub append: bool,
     /// The epilogue adds x.
     pub residual: bool,
-    /// Rows that one work item computes; a multiple of the register tile's rows.
+    /// Rows that one work item computes, a multiple of the register tile's rows. On a GPU 1 where there is one row, for
+    /// which there is a kernel, and 0 where the library computes them.
     pub row_tile: usize,
 }
 

@@ -106,7 +106,13 @@ impl Draft<'_> {
     }
 
     fn gpu_projection(&mut self, part: Part, folded: bool, residual: bool, reads: Operand, write: Operand, why: &str) {
-        let p = Projection { part, norm: folded, append: false, residual, row_tile: 0 };
+        let (a, e) = (&self.problem.spec.attention, self.problem.spec.hidden_size);
+        let k = if part == Part::O { a.q_dim() } else { e };
+        // The kernel reads 16 bytes at a time.
+        let alone = self.level >= Level::Moderate && self.tokens() == 1 && (k * self.problem.dtype.size()).is_multiple_of(16);
+        let row_tile = usize::from(alone);
+        let why = if alone { &format!("{why}; one row: weights are read while the kernel before still runs") } else { why };
+        let p = Projection { part, norm: folded, append: false, residual, row_tile };
         let mut reads = vec![reads, Operand::Weights];
         reads.extend(residual.then_some(Operand::X));
         self.step(Op::Projection(p), KernelOp::Gemm, &reads, &[write], why);

@@ -74,6 +74,9 @@ impl Run<'_> {
                 (Op::Projection(projection), Ready::Product(product)) => {
                     product.run(&self.projection(projection, product.matmul(), writes)?)
                 }
+                (Op::Projection(projection), Ready::OneRow(product)) => {
+                    product.run(&self.projection(projection, product.matmul(), writes)?, p)
+                }
                 (Op::QkNorm | Op::Rope | Op::Append | Op::HeadEpilogue { .. }, Ready::Heads(passes)) => {
                     passes.iter().enumerate().try_for_each(|(i, pass)| pass.run(self.heads(op, i)?, p))
                 }

@@ -15,6 +15,7 @@ use crate::{
     kernels::{
         attention::{self, Attention},
         cache::Cache,
+        gemv::Gemv,
         heads::{self, HeadsPass},
         rows::{Copies, Norm, Residual, ScoreOp, Scores, Softmax, Transpose},
     },
@@ -27,6 +28,7 @@ const MOST_BLOCKS: usize = 65_535;
 pub(super) enum Ready {
     Norm(Norm),
     Product(Arc<MatmulPlan>),
+    OneRow(Gemv),
     Heads(Vec<HeadsPass>),
     Copy(Transpose),
     Scores(ScoreOp, Scores),
@@ -246,6 +248,7 @@ impl<'a> Sizes<'a> {
         let p = &self.plan.problem;
         let d = p.spec.attention.head_dim;
         match op {
+            Op::Projection(p) if p.row_tile > 0 => vec![Gemv::instance(self.dtype())],
             Op::InputNorm => vec![Norm::instance(self.dtype(), p.spec.hidden_size)],
             Op::QkNorm | Op::Rope | Op::Append | Op::HeadEpilogue { .. } => {
                 self.passes(op).iter().map(heads::Shape::instance).collect()
@@ -286,6 +289,7 @@ impl Gpu {
             let module = || modules.first().ok_or_else(|| missing("a kernel"));
             ready.push(match &step.op {
                 Op::InputNorm => Ready::Norm(Norm::new(module()?, s.dtype(), s.tokens, e)?),
+                Op::Projection(p) if p.row_tile > 0 => Ready::OneRow(Gemv::new(module()?, s.projection(p, &step.writes), mp)?),
                 Op::Projection(p) => Ready::Product(self.blas.plan(&s.projection(p, &step.writes))?),
                 Op::QkNorm | Op::Rope | Op::Append | Op::HeadEpilogue { .. } => {
                     let shapes = s.passes(&step.op);

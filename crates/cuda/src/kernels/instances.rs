@@ -8,7 +8,9 @@ use lawson_core::{
 };
 
 use super::{
-    attention, heads,
+    attention,
+    gemv::Gemv,
+    heads,
     passes::{RopePasses, SoftmaxPasses},
     rows::{Norm, Residual, Scores, Softmax, Transpose},
 };
@@ -30,6 +32,7 @@ const SCORES: [usize; 6] = [32, 4000, 6000, 10_000, 20_000, 400_000];
 pub fn instances(compute_capability: (u32, u32), shared: u32) -> Vec<Instance> {
     let mut all = Vec::new();
     for dtype in DTYPES {
+        all.push(Gemv::instance(dtype));
         all.extend(WIDTHS.map(|width| Norm::instance(dtype, width)));
         all.extend(WIDTHS.map(|width| Residual::instance(dtype, width)));
         for width in SCORES {

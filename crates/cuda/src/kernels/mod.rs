@@ -8,6 +8,7 @@
 
 pub mod attention;
 pub mod cache;
+pub mod gemv;
 mod geometry;
 pub mod heads;
 mod instances;
@@ -35,6 +36,8 @@ macro_rules! sources {
 sources! {
     /// RMSNorm of rows.
     NORM = "norm" ["rms_norm"] ["prelude.cuh"];
+    /// The product with one row of x.
+    GEMV = "gemv" ["gemv"] ["prelude.cuh", "tile.cuh"];
     /// What follows the QKV projection.
     QKV_EPILOGUE = "qkv_epilogue" ["qkv_epilogue"] ["prelude.cuh", "cache.cuh", "rope.cuh"];
     /// Softmax of rows.
