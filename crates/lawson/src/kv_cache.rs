@@ -28,9 +28,14 @@ impl Batch {
     /// `seq` new tokens for each of `sequences` sequences.
     ///
     /// # Errors
-    /// `InvalidInput` when either is 0.
+    /// `InvalidInput` when either is 0, `seq` is more than 2^24 or `sequences` more than memory can list.
     pub fn uniform(sequences: usize, seq: usize) -> Result<Self> {
-        Self::ragged(vec![seq; sequences])
+        let mut new = Vec::new();
+        if new.try_reserve_exact(sequences).is_err() {
+            return Err(Error::invalid(format!("a batch of {sequences} sequences is too large")));
+        }
+        new.resize(sequences, seq);
+        Self::ragged(new)
     }
 
     /// `new[b]` new tokens for sequence b.
@@ -109,6 +114,9 @@ impl Pages {
 }
 
 impl KvCache {
+    /// Rows of a sequence's memory in a contiguous cache are a multiple of this.
+    pub const ROW_TILE: usize = CacheRows::TILE;
+
     /// An empty cache of `layers` layers with the key/value heads of `spec`, for `sequences` sequences of up to `capacity` rows. The
     /// context decides where its memory lies. A quantised cache holds codes with scales, and has room for 64 keys of each sequence and
     /// head as f32: [`lawson_core::quantised`] defines it.

@@ -196,6 +196,7 @@ fn impossible_caches_and_batches_are_refused() {
     refused(make(1, usize::MAX / 2, 1), &["too large"]);
     refused(Batch::uniform(0, 1), &["at least one sequence"]);
     refused(Batch::uniform(2, 0), &["sequence 0", "no new token"]);
+    refused(Batch::uniform(usize::MAX, usize::MAX), &["sequences is too large"]);
     refused(Batch::ragged(vec![1, 0]), &["sequence 1", "no new token"]);
     refused(Tensor::zeros(DType::F32, &[usize::MAX, 2]), &["cannot be made"]);
     refused(Tensor::zeros(DType::F32, &[1; 5]), &["cannot be made"]);
