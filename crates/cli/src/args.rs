@@ -8,7 +8,7 @@ use lawson::{CacheDType, Context, ContextOptions, DType, Device, Isa, Level, Res
 /// What a problem's line is made of, as help texts show it.
 pub const PROBLEM_HELP: &str = "\
 A problem is the word block and then, each at most once:
-  b=1            sequences [default: as many as s= or past= lists]
+  b=1            sequences [default: as many as s= or past= list, where one lists several]
   s=128          new tokens of each sequence, or s=3,5 (explain only)
   past=256       rows in the cache before the call, or past=2,4 [default: 0]
   e=4096         hidden size

@@ -111,8 +111,10 @@ pub fn execute(args: &CheckArgs, global: &Global) -> Result<ExitCode> {
     }
     bar.finish_and_clear();
 
-    let missing = Isa::ALL.into_iter().filter(|isa| !isa.is_available());
-    report.could_not_run.extend(missing.map(|isa| format!("{isa}: this processor lacks it")));
+    let missing: Vec<_> = Isa::ALL.into_iter().filter(|isa| !isa.is_available()).map(Isa::name).collect();
+    if !missing.is_empty() {
+        report.could_not_run.push(format!("{}: this processor lacks them", missing.join(", ")));
+    }
     let ran_on: Vec<_> = contexts.iter().map(name).collect();
     if global.json {
         output::print_json(&json!({
@@ -142,11 +144,17 @@ fn name(context: &Context) -> String {
 }
 
 fn text(report: &Report, ran_on: &[String]) -> String {
-    let could_not = if report.could_not_run.is_empty() { "nothing".to_string() } else { report.could_not_run.join("; ") };
-    let mut text =
-        format!("ran: {} on {}, failed: {} | could not run: {could_not}", report.ran, ran_on.join(", "), report.failed.len());
-    for line in &report.failed {
-        text += &format!("\n  {line}");
+    let (ran, failed) = (report.ran, report.failed.len());
+    let mut lines = vec![match (ran, failed) {
+        (0, _) => "nothing ran".to_owned(),
+        (_, 0) => format!("{ran} passed"),
+        _ => format!("{failed} of {ran} failed"),
+    }];
+    lines.extend(report.failed.iter().map(|line| format!("  {line}")));
+    lines.push(format!("ran on: {}", ran_on.join(", ")));
+    if !report.could_not_run.is_empty() {
+        lines.push("could not run:".to_owned());
+        lines.extend(report.could_not_run.iter().map(|line| format!("  {line}")));
     }
-    text
+    lines.join("\n")
 }

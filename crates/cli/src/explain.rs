@@ -62,6 +62,10 @@ pub fn execute(args: &ExplainArgs, global: &Global) -> Result<ExitCode> {
         text += &format!("{problem}\nplanned with past lengths rounded up, so that one plan serves a growing cache:\n");
     }
     text += &lawson::explain(&plan);
+    let overlap = |a: &Buffer, b: &Buffer| a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
+    if plan.buffers.iter().enumerate().any(|(i, a)| plan.buffers[i + 1..].iter().any(|b| overlap(a, b))) {
+        text += "\nbuffers of the workspace that overlap are not in use at the same time\n";
+    }
     text += &format!("\nweights of the projections: {}\n", output::bytes(weight_bytes(&problem) as usize));
     if !compared.is_empty() {
         let head = vec!["level", "predicted time", "memory", "traffic", "steps", "GEMMs", "launches"];

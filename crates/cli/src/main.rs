@@ -30,6 +30,7 @@ Examples:
   lawson explain 'block b=1 s=2048 e=4096 h=32/8 rope=half bf16'
 
 Exit codes: 0 done; 1 the machine or a verification failed; 2 bad usage or bad input; 130 interrupted.
+Ctrl-C or SIGTERM ends run and bench quality at once, and other work cleanly at its next step; a second ends the program.
 The environment variable LAWSON_ISA forces an instruction set: portable, avx2, avx2_vnni, avx512, avx512_vnni,
 avx512_bf16, amx, neon or neon_bf16.";
 

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
-use lawson::{Checkpoint, Result};
+use lawson::{Checkpoint, Device, Error, ErrorKind, Result};
 use serde_json::json;
 
 use crate::{args::Global, output};
@@ -32,8 +32,12 @@ pub struct QuantiseArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// `InvalidInput`, naming folder, file or tensor: nothing is written then; `OutOfMemory`; `Device` when a disk fails.
+/// `InvalidInput`, naming folder, file or tensor: nothing is written then; `Unavailable` for a GPU; `OutOfMemory`; `Device` when a disk fails.
 pub fn execute(args: &QuantiseArgs, global: &Global) -> Result<ExitCode> {
+    if matches!(global.device, Device::Cuda(_)) {
+        let text = format!("--device {}: quantise computes on the CPU; accepted: auto, cpu", global.device);
+        return Err(Error::new(ErrorKind::Unavailable, text));
+    }
     let checkpoint = Checkpoint::open(&args.dir)?;
     let done = checkpoint.quantise(&args.out)?;
     if global.json {

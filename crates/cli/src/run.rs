@@ -9,8 +9,8 @@ use std::{
 
 use clap::{ArgGroup, Args};
 use lawson::{
-    BlockData, BlockFile, BlockPlan, BlockProblem, CacheDType, Checkpoint, Context, DType, Error, ErrorKind, Form, Level,
-    PreparedCall, Result, Tensor, WeightKind,
+    BlockData, BlockFile, BlockOutput, BlockPlan, BlockProblem, CacheDType, Checkpoint, Context, DType, Error, Form, KvCache,
+    Level, PreparedCall, Result, Tensor, WeightKind,
     block_file::{write_block_file, write_output},
     machine,
     tensor_file::TensorFile,
@@ -30,7 +30,8 @@ Examples:
   lawson run --problem 'block b=2 s=64 past=256 e=512 h=8/2 rope=half bf16' --write case
 
 The output holds y [B, S, E] and the caches after the append, k and v [B, G, P+S, D], in the compute dtype.
-It is written whole or not at all. It, and what --write makes, may replace earlier files.
+It is written whole or not at all. It, and what --write makes, may replace earlier files. Ctrl-C and SIGTERM
+end the computation at once, with nothing written; files that are being written are finished.
 
 ";
 
@@ -71,8 +72,8 @@ pub struct RunArgs {
     /// Seed of the random numbers
     #[arg(long, value_name = "N", value_parser = args::whole::<u64>, allow_negative_numbers = true, default_value_t = 0, conflicts_with_all = ["block", "checkpoint"])]
     seed: u64,
-    /// Folder for block.json and in.safetensors, in the compute dtype. The cache's dtype is not stored: give it again with --kv-dtype
-    /// when the block file is run
+    /// Folder for block.json and in.safetensors, in the compute dtype. How weights and cache are held is not stored: give --weights and
+    /// --kv-dtype again when the block file is run
     #[arg(long, value_name = "DIR", conflicts_with_all = ["block", "checkpoint"])]
     write: Option<PathBuf>,
 
@@ -82,7 +83,7 @@ pub struct RunArgs {
     /// Compute dtype: auto (that of x; with --problem, the problem's), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::dtype)]
     dtype: Auto<DType>,
-    /// Dtype of the cache: auto (the compute dtype; with --problem, the problem's), f32, bf16, f16; int8 or int4:
+    /// Dtype of the cache: auto (the compute dtype, or another that the problem gives with kv=), f32, bf16, f16; int8 or int4:
     /// quantised, on a CPU
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = args::kv_dtype)]
     kv_dtype: Auto<CacheDType>,
@@ -104,36 +105,58 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     args.out.as_deref().map_or(Ok(()), |out| check_input(args, out).and_then(|()| check_writable(out)))?;
     args.write.as_deref().map_or(Ok(()), check_folder)?;
     let context = global.context()?;
+    // Until a file is written there is nothing that a signal could leave behind.
+    let (problem, data, ran) = signals::droppable(
+        || (),
+        || {
+            let (problem, data) = match &args.problem {
+                Some(problem) => make(args, &context, problem)?,
+                None => read(args)?.into_parts(),
+            };
+            let ran = args.out.as_ref().map(|_| compute(&context, &problem, &data, args.fusion.0, global.quiet)).transpose()?;
+            Ok((problem, data, ran))
+        },
+    )?;
     let mut result = json!({});
-    let made = args.problem.as_ref().map(|problem| make(args, problem)).transpose()?;
-    if let (Some((problem, data)), Some(dir)) = (&made, &args.write) {
+    if let Some(dir) = &args.write {
         let replaced = BLOCK_FILES.iter().any(|name| dir.join(name).exists());
-        write_block_file(dir, problem, data).map_err(|e| e.at("--write"))?;
+        write_block_file(dir, &problem, &data).map_err(|e| e.at("--write"))?;
+        let flags = not_stored(&problem);
         merge(
             &mut result,
-            json!({"problem": problem.to_string(), "seed": args.seed, "written": dir, "written_replaced": replaced}),
+            json!({"problem": problem.to_string(), "seed": args.seed, "written": dir, "written_replaced": replaced, "not_stored": flags}),
         );
         if !global.json {
             let (verb, dir, seed) = (wrote(replaced), dir.display(), args.seed);
             output::print(format!("{problem}\n{verb} {dir}/block.json and in.safetensors (seed {seed})"))?;
+            if !flags.is_empty() {
+                output::print(format!(
+                    "a block file does not say how weights and cache are held; run it with {flags} for the same"
+                ))?;
+            }
         }
     }
-    if let Some(out) = &args.out {
-        let (problem, data) = match made {
-            Some(made) => made,
-            None => read(args)?.into_parts(),
-        };
+    if let (Some(out), Some(ran)) = (&args.out, ran) {
         signals::check()?;
-        let ran = compute(&context, &problem, &data, args.fusion.0, out)?;
+        let replaced = out.exists();
+        let BlockOutput { y, k, v } = &ran.output;
+        write_output(out, &problem, y, k, v, data.cache_rows(&problem))?;
         if !global.json {
-            output::print(ran.text(&problem, out))?;
+            output::print(ran.text(&problem, out, replaced))?;
         }
-        merge(&mut result, ran.json(&problem, out));
+        merge(&mut result, ran.json(&problem, out, replaced));
     }
     if global.json {
         output::print_json(&result)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The flags without which a block file is computed otherwise than `problem`, whose files hold neither.
+fn not_stored(problem: &BlockProblem) -> String {
+    let weights = (problem.weights == WeightKind::Int8).then(|| format!("--weights {}", problem.weights));
+    let cache = (problem.kv_dtype != CacheDType::from(problem.dtype)).then(|| format!("--kv-dtype {}", problem.kv_dtype));
+    [weights, cache].into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
 /// What --write makes.
@@ -235,8 +258,11 @@ fn read(args: &RunArgs) -> Result<BlockFile> {
 }
 
 /// The problem, in the dtypes that are asked for, with random numbers.
-fn make(args: &RunArgs, problem: &BlockProblem) -> Result<(BlockProblem, BlockData)> {
-    let (dtype, kv_dtype) = (args.dtype.0.unwrap_or(problem.dtype), args.kv_dtype.0.unwrap_or(problem.kv_dtype));
+fn make(args: &RunArgs, context: &Context, problem: &BlockProblem) -> Result<(BlockProblem, BlockData)> {
+    let dtype = args.dtype.0.unwrap_or(problem.dtype);
+    // A cache in the problem's compute dtype is one in the compute dtype, whichever that is.
+    let own = if problem.kv_dtype == CacheDType::from(problem.dtype) { dtype.into() } else { problem.kv_dtype };
+    let kv_dtype = args.kv_dtype.0.unwrap_or(own);
     let weights = args.weights.0.unwrap_or(problem.weights);
     let problem = BlockProblem { dtype, weights, kv_dtype, ..problem.clone() };
     let new = problem.batch.new_tokens();
@@ -249,10 +275,22 @@ fn make(args: &RunArgs, problem: &BlockProblem) -> Result<(BlockProblem, BlockDa
         return Err(Error::invalid(format!("{what}, got {} and {other}", new[0])));
     }
     problem.validate().map_err(|e| e.at("--problem"))?;
-    let (needed, memory) = (data_bytes(&problem), machine::memory_bytes().unwrap_or(usize::MAX));
-    if needed > memory as f64 {
-        let (needed, memory) = (output::bytes(needed as usize), output::bytes(memory));
-        return Err(Error::new(ErrorKind::OutOfMemory, format!("--problem: needs {needed}, but this machine has {memory}")));
+    let memory = machine::memory_bytes().unwrap_or(usize::MAX);
+    let check = |needed: f64| {
+        let (needs, has) = (output::bytes(needed as usize), output::bytes(memory));
+        let text = format!("--problem '{problem}': needs about {needs} of memory, this machine has {has}");
+        if needed > memory as f64 { Err(Error::invalid(text)) } else { Ok(()) }
+    };
+    // First without a plan, which takes long where there are very many sequences.
+    let mut needed = data_bytes(&problem);
+    check(needed)?;
+    if args.out.is_some() && context.gpu().is_none() {
+        let (a, batch) = (&problem.spec.attention, &problem.batch);
+        let rows = batch.sequences() as f64 * batch.max_len().next_multiple_of(KvCache::ROW_TILE) as f64;
+        needed += rows * a.kv_heads as f64 * problem.kv_dtype.row_bytes(a.head_dim);
+        check(needed)?;
+        needed += context.plan(&problem, args.fusion.0)?.peak_bytes() as f64;
+        check(needed)?;
     }
     let data = data_for(&problem, args.seed, Sharpness::Ordinary);
     Ok((problem, data))
@@ -276,8 +314,7 @@ fn data_bytes(problem: &BlockProblem) -> f64 {
 struct Ran {
     /// Where it was computed.
     on: Place,
-    /// Whether there was an output before.
-    replaced: bool,
+    output: BlockOutput,
     plan: std::sync::Arc<BlockPlan>,
     /// Of the whole call.
     seconds: f64,
@@ -311,27 +348,30 @@ impl Place {
     }
 }
 
-fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>, out: &Path) -> Result<Ran> {
+/// Runs whose predicted time is longer say so.
+const LONG: f64 = 3.0;
+
+fn compute(context: &Context, problem: &BlockProblem, data: &BlockData, level: Option<Level>, quiet: bool) -> Result<Ran> {
     let mut call = PreparedCall::new(context, problem, data, level)?;
     // NaN, so that an element that no step writes cannot pass for a result.
     let shape = [problem.batch.tokens(), problem.spec.hidden_size];
     let mut y = Tensor::from_f32(&vec![f32::NAN; shape[0] * shape[1]], problem.dtype, &shape)?;
     let block = call.block.clone();
-    signals::check()?;
+    let predicted = context.plan(problem, level)?.seconds();
+    if predicted > LONG && !quiet {
+        eprintln!("computing, about {predicted:.0} s predicted; Ctrl-C ends it");
+    }
     let start = Instant::now();
     let (plan, step_seconds) = block.forward_timed(call.args(&mut y)?)?;
     let seconds = start.elapsed().as_secs_f64();
-    signals::check()?;
-    let result = call.output(&y)?;
-    let replaced = out.exists();
-    write_output(out, problem, &result.y, &result.k, &result.v, data.cache_rows(problem))?;
-    let non_finite = [("y", &result.y), ("k", &result.k), ("v", &result.v)];
+    let output = call.output(&y)?;
+    let non_finite = [("y", &output.y), ("k", &output.k), ("v", &output.v)];
     let non_finite = non_finite.map(|(name, values)| (name, values.iter().filter(|v| !v.is_finite()).count()));
-    Ok(Ran { on: Place::of(context), replaced, plan, seconds, step_seconds, non_finite })
+    Ok(Ran { on: Place::of(context), output, plan, seconds, step_seconds, non_finite })
 }
 
 impl Ran {
-    fn text(&self, problem: &BlockProblem, out: &Path) -> String {
+    fn text(&self, problem: &BlockProblem, out: &Path, replaced: bool) -> String {
         let plan = &self.plan;
         let non_finite = self.non_finite.iter().filter(|(_, n)| *n > 0).map(|(name, n)| match n {
             1 => format!("\n{name} holds 1 value that is not finite"),
@@ -349,12 +389,12 @@ impl Ran {
             plan.launches(),
             output::seconds(self.seconds),
             output::bytes(plan.peak_bytes()),
-            wrote(self.replaced),
+            wrote(replaced),
             out.display()
         )
     }
 
-    fn json(&self, problem: &BlockProblem, out: &Path) -> Value {
+    fn json(&self, problem: &BlockProblem, out: &Path, replaced: bool) -> Value {
         let steps = self.plan.steps().zip(&self.step_seconds);
         let steps: Vec<_> = steps
             .map(|(s, seconds)| json!({"op": s.op.name_in(&problem.spec), "kernel": s.kernel, "ms": seconds * 1e3}))
@@ -372,7 +412,7 @@ impl Ran {
             "peak_bytes": self.plan.peak_bytes(),
             "non_finite": self.non_finite.iter().map(|(_, n)| n).sum::<usize>(),
             "out": out,
-            "out_replaced": self.replaced,
+            "out_replaced": replaced,
         })
     }
 }

@@ -232,19 +232,20 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     refuse(&["flux"], &["flux", "softmax", "throughput"]);
     refuse(&["block", "--heads", "6", "--kv-heads", "4"], &["multiple", "6", "4"]);
     for flag in ["--batch", "--seq", "--hidden", "--heads", "--kv-heads", "--head-dim"] {
-        refuse(&["block", flag, "0"], &[flag, "0", "1 to 2^24"]);
+        let accepted = if flag == "--batch" { "1 to 2^20" } else { "1 to 2^24" };
+        refuse(&["block", flag, "0"], &[flag, "0", accepted]);
         refuse(&["block", flag, "18446744073709551615"], &[flag]);
-        refuse(&["block", flag, "-1"], &[flag, "-1", "1 to 2^24"]);
+        refuse(&["block", flag, "-1"], &[flag, "-1", accepted]);
     }
     refuse(&["block", "--heads", "3", "--hidden", "1000"], &["--head-dim is needed"]);
     refuse(&["block", "--hidden", "1000"], &["--head-dim"]);
     refuse(&["block", "--past", "99999999999"], &["--past"]);
     refuse(&["block", "--past", "-1"], &["--past", "'-1'", "0 or greater"]);
     refuse(&["block", "--threads", "-2"], &["--threads", "'-2'", "1 to 1024"]);
-    refuse(&["block", "--batch", "16777216", "--seq", "16777216"], &["too large"]);
+    refuse(&["block", "--batch", "1048576", "--seq", "16777216"], &["too large"]);
     for study in ["softmax", "rope"] {
         // Neither has a cache, nor a width of x.
-        refuse(&[study, "--batch", "16777216", "--seq", "16777216"], &[study, "available"]);
+        refuse(&[study, "--batch", "1048576", "--seq", "16777216"], &[study, "available"]);
         refuse(&[study, "--heads", "16777216", "--seq", "16777216"], &[study, "available"]);
     }
     refuse(&["block", "--heads", "16777216"], &["--heads times --head-dim"]);
@@ -252,6 +253,8 @@ fn bad_arguments_are_refused_before_anything_is_written() {
         refuse(&[study, "--batch", "4096", "--seq", "65536"], &["available"]);
     }
     refuse(&["block", "--seq", "16777216", "--head-dim", "8", "--heads", "64"], &["available"]);
+    // Each sequence takes a tile of rows in the cache.
+    refuse(&["block", "--batch", "1048576", "--seq", "1", "--hidden", "512", "--heads", "4"], &["block B 1048576", "available"]);
     refuse(&["block", "--head-dim", "7", "--heads", "2"], &["--head-dim", "even"]);
     refuse(&["--dtype", "int3"], &["int3", "bf16"]);
     refuse(&["--causal", "maybe"], &["maybe", "true", "false"]);

@@ -176,7 +176,10 @@ fn devices_are_described() {
         assert!(words(&human).contains(&words(text)), "{text}: {human}");
     }
     if !missing.is_empty() {
-        refused(&["explain", "block b=1 s=1 e=64 h=1", "--device", "cuda"], &missing);
+        refused(
+            &["explain", "block b=1 s=1 e=64 h=1", "--device", "cuda"],
+            &["device cuda:0", "`lawson devices`", "device cpu needs none"],
+        );
     }
     let narrow = lawson().args(["devices", "--threads", "1"]).env("COLUMNS", "72").output().expect("the program starts");
     let narrow = String::from_utf8_lossy(&narrow.stdout);

@@ -178,7 +178,7 @@ fn a_problem_runs_without_being_written() {
         stdout(&[&line[..], &line![&kept, "--write", dir.join("case")]].concat());
         let (block, tensors) = (dir.join("case/block.json"), dir.join("case/in.safetensors"));
         assert_eq!(fs::read(&direct).expect("an output"), fs::read(&kept).expect("an output"));
-        stdout(&line!["run", "--block", block, "--tensors", tensors, "--dtype", dtype, "--kv-dtype", "bf16", "--out", &kept]);
+        stdout(&line!["run", "--block", block, "--tensors", tensors, "--dtype", dtype, "--out", &kept]);
         assert_eq!(fs::read(&direct).expect("an output"), fs::read(&kept).expect("an output"));
     }
 }
@@ -234,6 +234,7 @@ fn weights_in_int8_come_from_a_flag_a_line_or_a_quantised_checkpoint() {
     assert!(said["bytes_after"].as_f64() <= said["bytes_before"].as_f64().map(|b| 0.52 * b), "{said}");
     let before = fs::read(quantised.join("model.safetensors")).expect("the model");
     refused(&line!["quantise", &model, &quantised], &["int8", "not empty"]);
+    refused(&line!["quantise", &model, dir.join("gpu"), "--device", "cuda"], &["--device cuda:0", "accepted: auto, cpu"]);
     refused(&line!["quantise", &quantised, dir.join("again")], &["int8 already"]);
     refused(&line!["quantise", dir.join("nothing"), dir.join("again")], &["config.json"]);
     assert!(!dir.join("again").exists() && fs::read(quantised.join("model.safetensors")).expect("the model") == before);
@@ -546,7 +547,7 @@ fn wrong_problems_are_named() {
         ("block b=1000000 s=16000000 e=16000000 h=1/1 d=4 causal f32", &["too large"]),
         ("block b=1 s=18446744073709551615 past=18446744073709551615 e=8 h=1/1 d=4 causal f32", &["too long"]),
         ("block b=99999999999999999999999 s=4 e=8 h=1/1 d=4 causal f32", &["b=99999999999999999999999"]),
-        ("block b=1 s=4 e=8 h=1/1 d=5 causal rope=half f32", &["rotary_dim", "5"]),
+        ("block b=1 s=4 e=8 h=1/1 d=5 causal rope=half f32", &["head_dim must be even", "5"]),
         ("block b=2 s=4,3 e=8 h=1/1 d=4 causal f32", &["same number of new tokens", "4 and 3"]),
         ("block b=1 s=4 e=8 h=1/1 d=4 causal f32 page=32", &["--write", "page=32"]),
     ];
@@ -556,7 +557,7 @@ fn wrong_problems_are_named() {
     }
     refused(&line!["run", "--problem", PROBLEM], &["--out", "--write"]);
     let (paged, out) = (format!("{PROBLEM} page=32"), folder("paged").join("out.safetensors"));
-    let refusal = ["error: only a GPU keeps a cache in pages; on a CPU it is contiguous, without page=\n"];
+    let refusal = ["error: only a GPU keeps a cache in pages; on a CPU it is contiguous\n"];
     refused(&line!["explain", &paged, "--device", "cpu"], &refusal);
     refused(&line!["run", "--problem", &paged, "--out", out, "--device", "cpu"], &refusal);
 }
@@ -577,4 +578,73 @@ fn nan_and_infinity_are_computed_as_they_are() {
         assert!(json(&case.line())["non_finite"].as_u64().is_some_and(|n| n > 0));
         assert!(y[..12].iter().any(|v| v.is_nan()), "{level}: {y:?}");
     }
+}
+
+#[test]
+fn a_block_file_says_which_flags_it_needs() {
+    let dir = folder("flags").join("case");
+    let write = |problem: &str| stdout(&line!["run", "--problem", problem, "--write", &dir, "--device", "cpu"]);
+    assert!(write("block b=1 s=2 e=8 h=2 weights=int8 kv=int8").contains("run it with --weights int8 --kv-dtype int8"));
+    assert!(!write("block b=1 s=2 e=8 h=2").contains("run it with"));
+    // A cache in the compute dtype follows it.
+    let said = stdout(&line!["run", "--problem", "block b=1 s=2 e=8 h=2 bf16", "--write", &dir, "--dtype", "f32"]);
+    assert!(said.lines().next().is_some_and(|problem| problem.ends_with("causal f32")), "{said}");
+}
+
+#[test]
+fn a_problem_too_large_for_memory_is_refused() {
+    let out = folder("large").join("out");
+    for problem in ["block b=1 s=1 e=1000000 h=4", "block b=1048576 s=1 e=1024 h=8"] {
+        refused(&line!["run", "--problem", problem, "--out", &out], &["--problem 'block b=", "of memory, this machine has"]);
+        assert!(!out.exists());
+    }
+}
+
+/// Starts the program, sends it `signal` after `milliseconds`, and asserts that it ends soon, as interrupted.
+#[cfg(unix)]
+fn interrupt(args: &[OsString], signal: &str, milliseconds: u64) {
+    use std::{
+        process::{Command, Stdio},
+        time::{Duration, Instant},
+    };
+    let child = program::lawson().args(args).arg("--quiet").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.expect("the program starts");
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill runs");
+    assert!(sent.success());
+    let start = Instant::now();
+    let output = child.wait_with_output().expect("the program ends");
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "error: interrupted\n");
+    assert!(output.stdout.is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_a_run_at_once_and_nothing_is_written() {
+    let dir = folder("signals");
+    let long = "block b=1 s=400000 e=64 h=4";
+    // While numbers are drawn, and while they are computed.
+    interrupt(&line!["run", "--problem", "block b=1 s=8192 e=4096 h=32", "--write", dir.join("case")], "-INT", 300);
+    interrupt(&line!["run", "--problem", long, "--out", dir.join("out"), "--device", "cpu"], "-TERM", 2500);
+    interrupt(
+        &line!["run", "--problem", long, "--write", dir.join("case"), "--out", dir.join("out"), "--device", "cpu"],
+        "-INT",
+        2500,
+    );
+    assert_eq!(fs::read_dir(&dir).expect("the folder").count(), 0);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_block_file_that_cannot_be_written_leaves_no_folder() {
+    let dir = folder("full").join("case");
+    // Files may not grow beyond 1 or 2 KiB, whichever unit the shell has.
+    let script = "trap '' XFSZ; ulimit -f 2; exec \"$0\" run --problem 'block b=1 s=64 e=64 h=4' --write \"$1\"";
+    let output = std::process::Command::new("sh").args(["-c", script, env!("CARGO_BIN_EXE_lawson")]).arg(&dir).output();
+    let output = output.expect("the program starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("in.safetensors: cannot be written"), "{said}");
+    assert!(!dir.exists());
 }

@@ -347,12 +347,20 @@ impl Call<'_> {
 
 /// Names the device that cannot be had, and the way around it.
 fn unavailable(e: Error, device: Device) -> Error {
-    match e.kind() {
-        ErrorKind::Unavailable => {
-            Error::new(e.kind(), format!("device {device}: {}; device cpu needs none of it", all_missing(e)))
-        }
-        _ => e.at(format!("device {device}")),
+    if e.kind() != ErrorKind::Unavailable {
+        return e.at(format!("device {device}"));
     }
+    let missing: Vec<String> = lawson_cuda::missing_libraries().iter().map(ToString::to_string).collect();
+    let why = if !lawson_cuda::has_driver() {
+        "no GPU was found, as there is no NVIDIA driver (libcuda.so.1); `lawson devices` lists what a GPU needs".to_owned()
+    } else if missing.contains(&e.to_string()) {
+        // What follows the colon is where to get it.
+        let what: Vec<&str> = missing.iter().filter_map(|text| text.split(':').next()).collect();
+        format!("{}; `lawson devices` says where to get what is missing", what.join(" and "))
+    } else {
+        e.to_string()
+    };
+    Error::new(e.kind(), format!("device {device}: {why}; device cpu needs none of it"))
 }
 
 /// `e`, or every library that is missing where one of them is why.

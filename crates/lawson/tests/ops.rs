@@ -378,7 +378,7 @@ fn both_rope_methods_are_right() {
     );
     refused(
         rope(&context, &mut TensorMut::new(&mut x, &[2, 4, 3]).unwrap(), &[0, 1], &spec, RopeMethod::Fused),
-        &["rope.rotary_dim", "3"],
+        &["head_dim must be even", "got 3"],
     );
     assert_eq!(x, before);
 }

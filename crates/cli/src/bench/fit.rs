@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use lawson::{DType, Error, Level, Result, machine};
+use lawson::{DType, Error, KvCache, Level, Result, machine};
 
 use super::{
     session::Session,
@@ -41,9 +41,9 @@ fn available_on_gpu(session: &Session) -> Result<Option<f64>> {
 fn gpu_bytes(session: &Session, case: &Case) -> Result<f64> {
     let s = &case.shape;
     let (q, kv) = ((s.heads * s.head_dim) as f64, (s.kv_heads * s.head_dim) as f64);
-    let (t, rows) = ((s.batch * s.seq) as f64, (s.batch * (s.past + s.seq)) as f64);
+    let t = (s.batch * s.seq) as f64;
     let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.row_bytes(s.head_dim) / (2 * s.head_dim) as f64);
-    let (weights, cache) = (s.hidden as f64 * (2.0 * q + 2.0 * kv) * size, 2.0 * rows * kv * kv_size);
+    let (weights, cache) = (s.hidden as f64 * (2.0 * q + 2.0 * kv) * size, 2.0 * tiled_rows(s) * kv * kv_size);
     let one = match case.study {
         Study::Softmax => t * s.heads as f64 * (s.past + s.seq) as f64 * 8.0,
         Study::Rope => t * (q + 2.0 * kv) * size * 2.0,
@@ -94,7 +94,7 @@ fn bytes(session: &Session, case: &Case) -> Result<f64> {
     let (t, rows) = ((s.batch * s.seq) as f64, (s.batch * (s.past + s.seq)) as f64);
     let (size, kv_size) = (s.dtype.size() as f64, s.kv_dtype.row_bytes(s.head_dim) / (2 * s.head_dim) as f64);
     let weights = s.hidden as f64 * (2.0 * q + 2.0 * kv) * (4.0 + size);
-    let cache = 2.0 * rows * kv * (8.0 + kv_size);
+    let cache = 2.0 * kv * (rows * 8.0 + tiled_rows(s) * kv_size);
     let projection = weights + t * (s.hidden as f64 + q + 2.0 * kv) * 12.0;
     match case.kernel {
         Some(Kernel::Projection) => return Ok(projection),
@@ -116,13 +116,23 @@ fn bytes(session: &Session, case: &Case) -> Result<f64> {
             if scores > TOO_LARGE && levels(session, case).iter().any(|&l| l <= Level::Minimal) {
                 return Ok(scores);
             }
+            let resident = weights + cache + t * (s.hidden as f64 + q) * 16.0;
+            if available().is_some_and(|have| resident > have) {
+                // A plan of very many sequences takes long.
+                return Ok(resident);
+            }
             let mut peak = 0;
             for level in levels(session, case) {
                 peak = session.context.plan(&s.problem(), Some(level))?.peak_bytes().max(peak);
             }
-            weights + cache + t * (s.hidden as f64 + q) * 16.0 + peak as f64
+            resident + peak as f64
         }
     })
+}
+
+/// Rows of the sequences in a contiguous cache.
+fn tiled_rows(s: &Shape) -> f64 {
+    s.batch as f64 * (s.past + s.seq).next_multiple_of(KvCache::ROW_TILE) as f64
 }
 
 /// Seconds of a call at the machine's limits, about.

@@ -70,7 +70,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "PEER,…", value_delimiter = ',')]
     peers: Vec<PeerKind>,
     /// Memory for which `throughput` counts sequences, in bytes or as 512MiB, 8GiB [default: 4GiB]
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, allow_negative_numbers = true)]
     memory: Option<u64>,
     /// Shapes near each kernel's own that `kernels` measures beside it, at most 1000: a token more or less, odd widths, other heads
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1000), allow_negative_numbers = true, default_value_t = 0)]
@@ -97,12 +97,17 @@ fn size(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| specs::is_size(n)).ok_or_else(accepted)
 }
 
+/// Reads a number of sequences, of which a problem's line takes as many.
+fn sequences(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=1 << 20).contains(n)).ok_or_else(|| "accepted: 1 to 2^20".to_owned())
+}
+
 /// One shape instead of a preset's.
 #[derive(clap::Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "One shape instead of a preset's")]
 struct ShapeArgs {
     /// Sequences [default: 1]
-    #[arg(long, value_name = "B", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
+    #[arg(long, value_name = "B", value_parser = sequences, allow_negative_numbers = true, conflicts_with = "preset")]
     batch: Option<usize>,
     /// New tokens of each sequence [default: 1024]
     #[arg(long, value_name = "S", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
@@ -282,7 +287,8 @@ fn measure(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         }
         let case = if shape.is_some() { case.clone() } else { fit::scaled(&session, case.clone())? };
         session.bar.set_message(case.name());
-        results.results.extend(studies::run(&session, &case)?);
+        let named = |e: Error| if e.kind() == ErrorKind::OutOfMemory { e.at(case.name()) } else { e };
+        results.results.extend(studies::run(&session, &case).map_err(named)?);
         session.bar.inc(1);
         if cases.get(i + 1).is_none_or(|next| next.study != case.study) {
             let again = Limits::measure(&session)?;
@@ -319,17 +325,28 @@ fn quality(args: &BenchArgs, global: &Global, context: &Context) -> Result<ExitC
         let text = "the study quality is of what the CPU quantises: --device cpu";
         return Err(Error::new(ErrorKind::Unavailable, text));
     }
+    let made = (!args.out.exists()).then(|| args.out.clone());
     check_writable(&args.out)?;
-    let bar = output::progress(0, "bench", global);
+    let bar = output::progress(studies::quality::FORMS.len(), "bench", global);
+    let plain = !global.quiet && !std::io::stderr().is_terminal();
     let step = |name: &str| {
         bar.set_message(format!("quality: {name}"));
-        if signals::interrupted() {
-            return Err(Error::new(ErrorKind::Cancelled, "interrupted; no report was written"));
+        bar.inc(1);
+        if plain {
+            eprintln!("measuring quality: {name} ({} of {})…", bar.position(), studies::quality::FORMS.len());
         }
-        Ok(())
     };
     let windows = studies::quality::windows(args.preset);
-    let rows = studies::quality::run(context, &checkpoint, &tokens, windows, &step)?;
+    let clean_up = {
+        let bar = bar.clone();
+        move || {
+            bar.finish_and_clear();
+            // Only an empty folder goes: what was written stays.
+            made.map(fs::remove_dir);
+        }
+    };
+    let run = || studies::quality::run(context, &checkpoint, &tokens, windows, &step);
+    let rows = signals::droppable(clean_up, run)?;
     bar.finish_and_clear();
     let results = Results { lawson: env!("CARGO_PKG_VERSION").to_owned(), machine: machine::describe(context), results: rows };
     if !global.json {
@@ -345,8 +362,7 @@ fn finish(args: &BenchArgs, global: &Global, results: &Results) -> Result<ExitCo
     let json = json.map_err(|e| Error::new(ErrorKind::Corrupt, format!("the results cannot be written as JSON: {e}")))?;
     let page = args.out.join("index.html");
     let replaced = if page.exists() { " (in place of an earlier one)" } else { "" };
-    write_whole(&args.out.join("results.json"), &json)?;
-    write_whole(&page, &report::render(results))?;
+    write_all(&[(&args.out.join("results.json"), &json), (&page, &report::render(results))])?;
     if global.json {
         output::print(json)?;
     } else {
@@ -439,19 +455,40 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_extension(format!("{}.tmp", std::process::id()))
 }
 
-/// Writes `text` to `path`, whole or not at all.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let part = temporary(path);
-    fs::write(&part, text).and_then(|()| fs::rename(&part, path)).map_err(|e| {
-        // It may not exist.
-        let _ = fs::remove_file(&part);
-        Error::new(ErrorKind::Device, format!("{} cannot be written: {e}", path.display()))
-    })
+/// Writes each text to its path: all of them whole, or none where the disk has no room.
+fn write_all(files: &[(&Path, &str)]) -> Result<()> {
+    let failed = |path: &Path, e| Error::new(ErrorKind::Device, format!("{} cannot be written: {e}", path.display()));
+    let write = |&(path, text): &(&Path, &str)| fs::write(temporary(path), text).map_err(|e| failed(path, e));
+    let place = |&(path, _): &(&Path, &str)| fs::rename(temporary(path), path).map_err(|e| failed(path, e));
+    let written = files.iter().try_for_each(write).and_then(|()| files.iter().try_for_each(place));
+    if written.is_err() {
+        // Those that are in place, or were never made, are not there.
+        files.iter().for_each(|(path, _)| drop(fs::remove_file(temporary(path))));
+    }
+    written
 }
 
 #[cfg(test)]
 mod tests {
-    use super::parse_bytes;
+    use std::fs;
+
+    use super::{parse_bytes, temporary, write_all};
+
+    #[test]
+    fn files_are_written_all_or_none() {
+        let dir = std::env::temp_dir().join(format!("lawson-write-all-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (first, second) = (dir.join("results.json"), dir.join("index.html"));
+        let files = [(&*first, "one"), (&*second, "two")];
+        // A folder in its way, as a full disk would be.
+        fs::create_dir(temporary(&second)).unwrap();
+        let error = write_all(&files).unwrap_err().to_string();
+        assert!(error.contains("index.html cannot be written") && !first.exists() && !temporary(&first).exists(), "{error}");
+        fs::remove_dir(temporary(&second)).unwrap();
+        write_all(&files).unwrap();
+        assert_eq!((fs::read_to_string(first).unwrap(), fs::read_to_string(second).unwrap()), ("one".into(), "two".into()));
+        fs::remove_dir_all(&dir).unwrap();
+    }
 
     #[test]
     fn memory_reads_with_units() {

@@ -25,6 +25,10 @@ fn shape(row: &Row) -> String {
     parts.join(" ")
 }
 
+fn error(e: f64) -> String {
+    if e == 0.0 { "0".to_owned() } else { format!("{e:.1e}") }
+}
+
 const COLUMNS: [Column; 18] = [
     ("median", |r| r.median_ms.map(|ms| output::seconds(ms / 1e3))),
     ("p10 – p90", |r| r.p10_ms.zip(r.p90_ms).map(|(a, b)| output::seconds_between(a / 1e3, b / 1e3))),
@@ -46,10 +50,10 @@ const COLUMNS: [Column; 18] = [
         let fit = r.sequences_fit.map_or(String::new(), |n| format!(", {n}"));
         r.tokens_per_s.map(|t| format!("{t:.0}{fit}"))
     }),
-    ("rel. error", |r| r.rel_err.map(|e| format!("{e:.1e}"))),
+    ("rel. error", |r| r.rel_err.map(error)),
     ("mean loss", |r| r.mean_loss.map(|v| format!("{v:.5}"))),
     ("change", |r| r.loss_change.map(|v| format!("{:+.3} %", v * 100.0))),
-    ("worst layer", |r| r.layer_errors.iter().copied().reduce(f64::max).map(|e| format!("{e:.1e}"))),
+    ("worst layer", |r| r.layer_errors.iter().copied().reduce(f64::max).map(error)),
 ];
 
 /// Columns that go where a table is too wide, in this order: first those that others imply.

@@ -147,7 +147,7 @@ pub fn check_page_size(rows: usize) -> Result<()> {
 
 /// What a CPU answers to a cache in pages.
 pub fn pages_need_a_gpu() -> Error {
-    let text = "only a GPU keeps a cache in pages; on a CPU it is contiguous, without page=";
+    let text = "only a GPU keeps a cache in pages; on a CPU it is contiguous";
     Error::new(ErrorKind::Unavailable, text)
 }
 

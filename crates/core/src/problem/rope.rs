@@ -135,6 +135,9 @@ impl RopeSpec {
     pub fn validate(&self, head_dim: usize) -> Result<()> {
         let bad = |what: String| Err(Error::invalid(what));
         let rd = self.rotary_dim(head_dim);
+        if self.rotary_dim.is_none() && (!rd.is_multiple_of(2) || rd < 2) {
+            return bad(format!("head_dim must be even, as RoPE turns pairs of its dimensions, got {head_dim}"));
+        }
         if !rd.is_multiple_of(2) || rd < 2 || rd > head_dim {
             return bad(format!("rope.rotary_dim must be even and between 2 and head_dim ({head_dim}), got {rd}"));
         }

@@ -304,7 +304,7 @@ impl Fields {
             1 => Ok(vec![list[0]; sequences]),
             n if n == sequences => Ok(list),
             n => Err(Error::invalid(format!(
-                "{name}= lists {n} numbers for {sequences} sequences; accepted: one, or one for each"
+                "{name}= lists {n} numbers, but b is {sequences}; accepted: one, or one for each sequence"
             ))),
         };
         Lengths::ragged(spread("s", s)?, spread("past", past)?)
@@ -312,11 +312,14 @@ impl Fields {
 
     fn attention(&self) -> Result<AttentionSpec> {
         let (heads, kv_heads) = self.heads.ok_or_else(|| missing("h=", "heads as H/G, or H when G is equal"))?;
+        if heads == 0 || kv_heads == 0 {
+            return Err(Error::invalid("h= needs at least 1 query head and 1 key/value head, got 0"));
+        }
         let head_dim = match (self.d, self.e) {
             (Some(d), _) => d,
-            (None, Some(e)) if heads > 0 && e % heads == 0 => e / heads,
+            (None, Some(e)) if e % heads == 0 => e / heads,
             (None, Some(e)) => {
-                return Err(Error::invalid(format!("d= is needed, since e ({e}) is not a multiple of the {heads} heads")));
+                return Err(Error::invalid(format!("d= is needed, since e ({e}) is not a multiple of h ({heads})")));
             }
             (None, None) => return Err(missing("d=", "dimensions of a head")),
         };

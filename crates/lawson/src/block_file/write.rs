@@ -22,16 +22,21 @@ type Tensor = (&'static str, StoredDType, Vec<usize>, Vec<u8>);
 ///
 /// # Errors
 /// `InvalidInput` when the sequences have different numbers of new tokens, when `data` does not fit `problem`, or when a file cannot
-/// be written.
+/// be written; `Device` when a disk fails. A folder that was made is removed then.
 pub fn write_block_file(dir: impl AsRef<Path>, problem: &BlockProblem, data: &BlockData) -> Result<()> {
     problem.validate()?;
     let tensors = input_tensors(problem, data)?;
-    let dir = dir.as_ref();
+    let (dir, new) = (dir.as_ref(), !dir.as_ref().exists());
     std::fs::create_dir_all(dir).map_err(|e| Error::invalid(format!("{}: cannot be made: {e}", dir.display())))?;
     let mut json = format!("{:#}", spec::to_json(&problem.spec)).into_bytes();
     json.push(b'\n');
-    write_tensors(&dir.join("in.safetensors"), &tensors)?;
-    write_atomically(&dir.join("block.json"), |file| file.write_all(&json))
+    let written = write_tensors(&dir.join("in.safetensors"), &tensors)
+        .and_then(|()| write_atomically(&dir.join("block.json"), |file| file.write_all(&json)));
+    if written.is_err() && new {
+        // Nothing better can be done when even this fails; the first error is the one to report.
+        let _ = std::fs::remove_dir_all(dir);
+    }
+    written
 }
 
 /// Writes `y` [B, S, E] and the caches after the append, `k` and `v` [B, G, kv_rows, D], in the compute dtype; those of a

@@ -60,7 +60,7 @@ impl Study {
 /// Which sizes are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
-    /// Under a minute on two cores
+    /// One to two minutes on two cores
     Quick,
     /// The article's exact sizes, f32 and bf16; batches scaled down where memory or time demand it
     Article,
@@ -264,7 +264,8 @@ impl Case {
         let study = self.study.name();
         let width = if self.study == Study::Softmax { String::new() } else { format!(" of {}", s.head_dim) };
         let int8 = if s.weights == WeightKind::Int8 { ", int8 weights" } else { "" };
-        format!("{study}{kernel} B {} S {}{past}, {heads} heads{width}, {}{int8}", s.batch, s.seq, s.dtype)
+        let word = if s.heads == 1 { "head" } else { "heads" };
+        format!("{study}{kernel} B {} S {}{past}, {heads} {word}{width}, {}{int8}", s.batch, s.seq, s.dtype)
     }
 }
 

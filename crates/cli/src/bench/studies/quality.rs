@@ -14,7 +14,7 @@ use crate::bench::{parallel, record::Row, specs::Preset};
 pub const WINDOW: usize = 512;
 
 /// What is compared: everything in f32 first.
-const FORMS: [(&str, WeightKind, CacheDType); 6] = [
+pub const FORMS: [(&str, WeightKind, CacheDType); 6] = [
     ("f32", WeightKind::Compute, CacheDType::F32),
     ("int8 weights", WeightKind::Int8, CacheDType::F32),
     ("int8 cache", WeightKind::Compute, CacheDType::INT8),
@@ -72,6 +72,20 @@ fn read_tokens(path: &Path, count: usize) -> Result<Vec<Vec<u16>>> {
     Ok(ids.windows(WINDOW + 1).step_by(WINDOW).take(count).map(<[u16]>::to_vec).collect())
 }
 
+/// Checks that the model has every token.
+fn check_tokens(texts: &[Vec<u16>], model: &Model) -> Result<()> {
+    let vocabulary = model.embedding.len() / model.hidden_size.max(1);
+    let at = |window: usize, i: usize| window * WINDOW + i;
+    let all = texts.iter().enumerate().flat_map(|(w, text)| text.iter().enumerate().map(move |(i, &id)| (at(w, i), id)));
+    match { all }.find(|&(_, id)| usize::from(id) >= vocabulary) {
+        None => Ok(()),
+        Some((place, id)) => {
+            let text = format!("token {id} at place {place}; the model has the tokens 0 to {}", vocabulary.saturating_sub(1));
+            Err(Error::invalid(text))
+        }
+    }
+}
+
 /// The blocks of all layers of one form, with input norm and residual, in f32.
 struct Blocks {
     layers: Vec<AttentionBlock>,
@@ -118,13 +132,7 @@ fn mean_loss(model: &Model, blocks: &Blocks, texts: &[Vec<u16>], threads: usize)
 ///
 /// # Errors
 /// `InvalidInput`, naming file or tensor; `Unavailable` on a GPU.
-pub fn run(
-    context: &Context,
-    checkpoint: &Path,
-    tokens: &Path,
-    windows: usize,
-    step: &dyn Fn(&str) -> Result<()>,
-) -> Result<Vec<Row>> {
+pub fn run(context: &Context, checkpoint: &Path, tokens: &Path, windows: usize, step: &dyn Fn(&str)) -> Result<Vec<Row>> {
     let opened = Checkpoint::open(checkpoint)?;
     if opened.weight_kind() != WeightKind::Compute {
         let text = format!("--checkpoint {}: its weights are in int8 already; the original is needed", checkpoint.display());
@@ -132,6 +140,7 @@ pub fn run(
     }
     let texts = read_tokens(tokens, windows)?;
     let model = model(&opened).map_err(|e| e.at(format!("--checkpoint {}", checkpoint.display())))?;
+    check_tokens(&texts, &model).map_err(|e| e.at(format!("--tokens {}", tokens.display())))?;
     let all = FORMS.map(|(_, kind, cache)| Blocks::new(context, &opened, kind, cache));
     let all = all.into_iter().collect::<Result<Vec<_>>>()?;
 
@@ -148,7 +157,7 @@ pub fn run(
     let spec = opened.block_spec(0, true)?;
     let mut rows: Vec<Row> = Vec::new();
     for ((&(name, kind, cache), blocks), layer_errors) in FORMS.iter().zip(&all).zip(errors) {
-        step(name)?;
+        step(name);
         let mean = mean_loss(&model, blocks, &texts, context.threads())?;
         let base = rows.first().and_then(|r| r.mean_loss).unwrap_or(mean);
         rows.push(Row {
@@ -200,7 +209,7 @@ mod tests {
     #[test]
     fn the_trained_model_loses_as_little_as_is_asked() {
         let context = Context::cpu().unwrap();
-        let rows = run(&context, &data(""), &data("valid.u16"), 2, &|_| Ok(())).unwrap();
+        let rows = run(&context, &data(""), &data("valid.u16"), 2, &|_| ()).unwrap();
         let loss = |name: &str| {
             let row = rows.iter().find(|r| r.variant.as_deref() == Some(name)).expect("a form");
             println!("{name}: {:?} {:?} {:?}", row.mean_loss, row.loss_change, row.layer_errors);
@@ -224,13 +233,12 @@ mod tests {
     #[test]
     fn bad_files_are_refused() {
         let context = Context::cpu().unwrap();
-        let refused =
-            |checkpoint: &Path, tokens: &Path| run(&context, checkpoint, tokens, 1, &|_| Ok(())).unwrap_err().to_string();
+        let refused = |checkpoint: &Path, tokens: &Path| run(&context, checkpoint, tokens, 1, &|_| ()).unwrap_err().to_string();
         let odd = std::env::temp_dir().join(format!("lawson-odd-{}.u16", std::process::id()));
         std::fs::write(&odd, vec![0u8; 2 * WINDOW + 1]).unwrap();
         assert!(refused(&data(""), &odd).contains("1025 bytes"));
         std::fs::write(&odd, vec![0xffu8; 2 * WINDOW + 2]).unwrap();
-        assert!(refused(&data(""), &odd).contains("no token 65535"));
+        assert!(refused(&data(""), &odd).contains("token 65535 at place 0;"));
         std::fs::remove_file(&odd).unwrap();
         assert!(refused(&data(""), &odd).contains("cannot be read"));
         assert!(refused(&odd, &data("valid.u16")).contains("config.json"));
