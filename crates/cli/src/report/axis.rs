@@ -22,6 +22,8 @@ pub struct Axis<'a> {
     pub spread: Spread,
     /// A tick as text.
     pub format: fn(f64) -> String,
+    /// A measured value as text, with the digits that tell it from others.
+    pub value: fn(f64) -> String,
 }
 
 /// A mapping from values to positions.

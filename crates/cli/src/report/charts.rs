@@ -144,7 +144,7 @@ pub fn lines(label: &str, x: Axis<'_>, y: Axis<'_>, series: &[Series], marks: &[
     x_ticks.sort_by(f64::total_cmp);
     x_ticks.dedup();
 
-    let ends: Vec<String> = drawn.iter().map(|(_, p)| p.last().map_or(String::new(), |p| (y.format)(p.1))).collect();
+    let ends: Vec<String> = drawn.iter().map(|(_, p)| p.last().map_or(String::new(), |p| (y.value)(p.1))).collect();
     let margin = ends.iter().map(|t| text_width(t)).fold(10.0, f64::max) + 12.0;
     let mut svg = Svg::new();
     let top = legend(&mut svg, drawn.iter().map(|(s, _)| (s.name.as_str(), &s.style)));
@@ -161,7 +161,7 @@ pub fn lines(label: &str, x: Axis<'_>, y: Axis<'_>, series: &[Series], marks: &[
         let places: Vec<(f64, f64)> = points.iter().map(|p| (frame.x.at(p.0), frame.y.at(p.1))).collect();
         svg.polyline(&places, &format!("line {}", s.style.class));
         for (place, p) in places.iter().zip(points) {
-            let about = format!("{}: {} at {}", s.name, (y.format)(p.1), (x.format)(p.0));
+            let about = format!("{}: {} at {}", s.name, (y.value)(p.1), (x.format)(p.0));
             svg.marker(s.style.marker, *place, &s.style.class, &about);
         }
     }
@@ -211,10 +211,10 @@ pub fn roofline(label: &str, peaks: &[(&str, f64)], bandwidth: Option<f64>, spot
     let low_roof = bandwidth.map(|b| b * x_domain.0).filter(|v| peak.is_none_or(|p| *v < p));
     let mut y_domain = extent(spots.iter().map(|s| s.at.1).chain(peaks.iter().map(|p| p.1)).chain(low_roof), Spread::Log, 0.06)?;
     y_domain.1 *= 1.3;
-    let x = Axis { title: "FLOP per compulsory byte", spread: Spread::Log, format: format::plain };
+    let x = Axis { title: "FLOP per compulsory byte", spread: Spread::Log, format: format::plain, value: format::plain };
     let (title, unit) = format::rate_unit(spots.iter().map(|s| s.at.1).chain(peaks.iter().map(|p| p.1)));
     let format = if unit == 1.0 { format::plain } else { |v| format::plain(v * 1e-3) };
-    let y = Axis { title, spread: Spread::Log, format };
+    let y = Axis { title, spread: Spread::Log, format, value: format };
     let mut svg = Svg::new();
     let x_ticks = ticks(x_domain, Spread::Log, 8);
     let frame = Frame::draw(&mut svg, (x, x_domain, &x_ticks), (y, y_domain), (0.0, 0.0, BOTTOM), 8.0);

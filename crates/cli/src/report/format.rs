@@ -121,11 +121,6 @@ pub fn factor(v: f64) -> String {
     }
 }
 
-/// A factor for a sentence: two digits.
-pub fn factor_short(v: f64) -> String {
-    if v >= 9.95 { format!("{v:.0}×") } else { format!("{v:.1}×") }
-}
-
 /// A change against a baseline in words: "91 % less memory".
 pub fn change(share: f64, less: &str, more: &str, noun: &str) -> String {
     let difference = 1.0 - share;

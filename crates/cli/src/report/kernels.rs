@@ -74,7 +74,8 @@ fn limit_bars(run: &Run<'_>, rows: &[&Row], dtype: &str) -> Option<Figure> {
             groups.push(Group { name: title.to_owned(), bars });
         }
     }
-    let axis = Axis { title: "share of the measured limit", spread: Spread::Linear, format: format::percent };
+    let axis =
+        Axis { title: "share of the measured limit", spread: Spread::Linear, format: format::percent, value: format::percent };
     let svg = charts::bars(&format!("Share of the measured limit of each kernel in {dtype}"), axis, &groups, Some(1.0))?;
     Some(Figure { title: format!("Of the measured limit, {dtype}"), caption: String::new(), svg })
 }
@@ -104,8 +105,13 @@ fn decode_lines(rows: &[&Row]) -> Vec<Figure> {
     let draw = |(caption, mut series): (String, Vec<Series>)| {
         series.iter_mut().for_each(|s| s.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
         series.iter().any(|s| s.points.len() > 1).then_some(())?;
-        let x = Axis { title: "cache length L (tokens)", spread: Spread::Log2, format: format::plain };
-        let y = Axis { title: "time of the read loop over the kernel's", spread: Spread::Linear, format: format::percent };
+        let x = Axis { title: "cache length L (tokens)", spread: Spread::Log2, format: format::plain, value: format::plain };
+        let y = Axis {
+            title: "time of the read loop over the kernel's",
+            spread: Spread::Linear,
+            format: format::percent,
+            value: format::percent,
+        };
         let svg = charts::lines(&format!("Share of a read loop against cache length, {caption}"), x, y, &series, &[])?;
         Some(Figure { title: "Of a loop that only reads the cache".to_owned(), caption, svg })
     };

@@ -15,8 +15,8 @@ const STYLES: [(&str, Marker); 5] = [
     ("c-minimal", Marker::Square),
     ("c-moderate", Marker::Triangle),
     ("c-maximal", Marker::Square),
-    ("c-minimal dashed", Marker::Triangle),
-    ("c-moderate dashed", Marker::Square),
+    ("c-peer0 dashed", Marker::Triangle),
+    ("c-peer1 dashed", Marker::Square),
 ];
 
 fn change(row: &Row) -> String {
@@ -41,8 +41,13 @@ fn layers(rows: &[&Row]) -> Option<Figure> {
             .collect(),
     });
     let series: Vec<Series> = series.collect();
-    let x = Axis { title: "layer", spread: Spread::Linear, format: format::plain };
-    let y = Axis { title: "relative error of its attention", spread: Spread::Log, format: format::percent };
+    let x = Axis { title: "layer", spread: Spread::Linear, format: format::plain, value: format::plain };
+    let y = Axis {
+        title: "relative error of its attention",
+        spread: Spread::Log,
+        format: format::percent,
+        value: |v| format!("{:.2} %", v * 100.0),
+    };
     let svg = charts::lines("Relative error of each layer's attention", x, y, &series, &[])?;
     Some(Figure { title: "Error of each layer".to_owned(), caption: "on the same input as in f32".to_owned(), svg })
 }
@@ -80,4 +85,17 @@ pub fn quality(run: &Run<'_>) -> Section {
         }
     };
     Section { id: "study-quality", title: "Quality: what quantisation costs", sub: true, blocks }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_have_colours_of_their_own() {
+        let mut colours: Vec<&str> = STYLES.iter().filter_map(|(class, _)| class.split(' ').next()).collect();
+        colours.sort_unstable();
+        colours.dedup();
+        assert_eq!(colours.len(), STYLES.len());
+    }
 }

@@ -153,7 +153,7 @@ pub fn speed_and_memory(run: &Run<'_>, configs: &[Config<'_>], caption: &str) ->
     let mut figures = Vec::new();
     let base = against.unwrap_or_else(|| "unfused".to_owned());
     let mut add = |title: &str, axis_title: String, format: fn(f64) -> String, groups: &[Group]| {
-        let axis = Axis { title: &axis_title, spread: Spread::Linear, format };
+        let axis = Axis { title: &axis_title, spread: Spread::Linear, format, value: format };
         if let Some(svg) = charts::bars(&format!("{title} of each level. {caption}"), axis, groups, Some(1.0)) {
             figures.push(Figure { title: title.to_owned(), caption: caption.to_owned(), svg });
         }
@@ -312,21 +312,30 @@ pub struct Quantity {
     pub axis: &'static str,
     /// How values spread.
     pub spread: Spread,
-    /// A value as text.
+    /// A tick as text.
     pub format: fn(f64) -> String,
+    /// A value as text.
+    pub value: fn(f64) -> String,
     /// The value.
     pub get: fn(&Row) -> Option<f64>,
 }
 
 /// Time of a call.
-pub const TIME: Quantity =
-    Quantity { title: "Time", axis: "median time of a call", spread: Spread::Log, format: format::time_tick, get: ms };
+pub const TIME: Quantity = Quantity {
+    title: "Time",
+    axis: "median time of a call",
+    spread: Spread::Log,
+    format: format::time_tick,
+    value: format::time,
+    get: ms,
+};
 /// Peak memory of a call.
 pub const MEMORY: Quantity = Quantity {
     title: "Peak memory",
     axis: "peak memory of a call",
     spread: Spread::Log2,
     format: format::bytes_tick,
+    value: format::bytes,
     get: |r| r.peak_bytes.map(real),
 };
 
@@ -339,8 +348,8 @@ pub fn over(sweep: &Sweep<'_>, quantity: &Quantity, crossovers: bool) -> Option<
     }
     let marks = if crossovers { marks(sweep, quantity) } else { Vec::new() };
     let label = format!("{} against {}, {}, one line per level", quantity.title, sweep.along.title(), sweep.name);
-    let x = Axis { title: sweep.along.title(), spread: Spread::Log2, format: format::plain };
-    let y = Axis { title: quantity.axis, spread: quantity.spread, format: quantity.format };
+    let x = Axis { title: sweep.along.title(), spread: Spread::Log2, format: format::plain, value: format::plain };
+    let y = Axis { title: quantity.axis, spread: quantity.spread, format: quantity.format, value: quantity.value };
     let svg = charts::lines(&label, x, y, &series, &marks)?;
     Some(Figure { title: format!("{} against {}", quantity.title, sweep.along.letter()), caption: sweep.name.clone(), svg })
 }

@@ -13,6 +13,7 @@ const BANDWIDTH: Quantity = Quantity {
     axis: "compulsory GB/s",
     spread: Spread::Linear,
     format: format::plain,
+    value: format::sig3,
     get: |r| r.gbps,
 };
 const RATE: Quantity = Quantity {
@@ -20,6 +21,7 @@ const RATE: Quantity = Quantity {
     axis: "TFLOP/s",
     spread: Spread::Linear,
     format: format::plain,
+    value: format::sig3,
     get: |r| r.gflops.map(|v| v * 1e-3),
 };
 const TOKENS: Quantity = Quantity {
@@ -27,6 +29,7 @@ const TOKENS: Quantity = Quantity {
     axis: "decoded tokens/s, whole batch",
     spread: Spread::Log,
     format: format::plain,
+    value: format::sig3,
     get: |r| r.tokens_per_s,
 };
 const FIT: Quantity = Quantity {
@@ -34,6 +37,7 @@ const FIT: Quantity = Quantity {
     axis: "sequences in the memory given",
     spread: Spread::Linear,
     format: format::plain,
+    value: format::plain,
     get: |r| r.sequences_fit.map(real),
 };
 
@@ -114,7 +118,8 @@ fn attention(run: &Run<'_>) -> Section {
 
 fn decode(run: &Run<'_>) -> Section {
     let head = ("study-decode", "Decode: one new token over a cache", "attention of one new token over a cache");
-    let text = "Decoding reads the whole cache for every token, so memory bandwidth bounds it.";
+    let text = "Decoding reads the whole cache for every token, so memory bandwidth bounds it. Compulsory bytes are those that must \
+        move whatever the method: q, the valid rows of the cache and the result, each once.";
     study(run, "decode", head, text, |rows| {
         let found = sweeps(rows, Along::Past, &run.peers);
         let mut blocks = Vec::new();

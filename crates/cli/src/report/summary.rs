@@ -125,12 +125,11 @@ fn of_sweep(sweep: &Sweep<'_>, what: &str) -> Option<String> {
     Some(match payoff(&points) {
         Payoff::From { always: true, .. } => format!(
             "On this machine {what} pays at every length measured ({letter} = {first} to {longest}): {} faster{memory} {at}.",
-            format::factor_short(*speedup)
+            format::factor(*speedup)
         ),
-        Payoff::From { length, .. } => format!(
-            "On this machine {what} pays from {letter} = {length}: {} faster{memory} {at}.",
-            format::factor_short(*speedup)
-        ),
+        Payoff::From { length, .. } => {
+            format!("On this machine {what} pays from {letter} = {length}: {} faster{memory} {at}.", format::factor(*speedup))
+        }
         Payoff::Only(lengths) => {
             let lengths: Vec<String> = lengths.iter().map(usize::to_string).collect();
             let (lengths, not, speed) = (lengths.join(", "), saves_not(*speedup), format::factor(*speedup));
@@ -173,9 +172,9 @@ fn of_configs(configs: &[Config<'_>], what: &str) -> Option<Summary> {
             "On this machine {what} clearly saves time in none of {n} configurations: at best {} the speed{memory}.",
             format::factor(speedup)
         ),
-        (_, 1) => format!("On this machine {what} makes it {} faster{memory}.", format::factor_short(speedup)),
+        (_, 1) => format!("On this machine {what} makes it {} faster{memory}.", format::factor(speedup)),
         (k, n) => {
-            let best = format::factor_short(speedup);
+            let best = format::factor(speedup);
             format!("On this machine {what} pays in {k} of {n} configurations; at best it is {best} faster{memory}.")
         }
     };

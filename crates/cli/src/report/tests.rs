@@ -93,7 +93,7 @@ fn the_full_page_has_every_section_filled() {
         assert!(page.contains(text), "{text}");
     }
     assert!(
-        headline(&page).starts_with("On this machine fusing the block (maximal) pays from S = 256: 3.0× faster"),
+        headline(&page).starts_with("On this machine fusing the block (maximal) pays from S = 256: 3.04× faster"),
         "{}",
         headline(&page)
     );
@@ -178,9 +178,9 @@ fn text_is_escaped_wherever_it_comes_from() {
 fn the_headline_is_honest() {
     let of = |lengths: &[(usize, f64, f64)]| headline(&checked(&sweep(lengths)));
     let from = of(&[(128, 1.0, 1.2), (256, 2.0, 1.6), (512, 6.0, 2.5)]);
-    assert!(from.starts_with("On this machine fusing the block (maximal) pays from S = 256: 2.4× faster, "), "{from}");
+    assert!(from.starts_with("On this machine fusing the block (maximal) pays from S = 256: 2.40× faster, "), "{from}");
     let always = of(&[(128, 2.0, 1.0), (256, 4.0, 2.0), (512, 8.0, 2.0)]);
-    assert!(always.contains("at every length measured (S = 128 to 512): 4.0× faster"), "{always}");
+    assert!(always.contains("at every length measured (S = 128 to 512): 4.00× faster"), "{always}");
     let never = of(&[(128, 1.0, 1.2), (256, 2.0, 2.2), (512, 4.0, 4.1)]);
     assert!(never.contains("(maximal) does not save time: it runs at 0.98× the speed"), "{never}");
     let only = of(&[(128, 2.0, 1.0), (256, 4.0, 2.0), (512, 8.0, 8.0)]);
@@ -188,7 +188,7 @@ fn the_headline_is_honest() {
     let hole = of(&[(128, 2.0, 1.0), (256, 2.0, 2.0), (512, 8.0, 4.0)]);
     assert!(hole.contains("pays from S = 512"), "{hole}");
     let two = of(&[(128, 2.0, 1.0), (256, 2.0, 2.0)]);
-    assert!(two.contains("pays in 1 of 2 configurations; at best it is 2.0× faster"), "{two}");
+    assert!(two.contains("pays in 1 of 2 configurations; at best it is 2.00× faster"), "{two}");
 }
 
 #[test]
@@ -198,11 +198,11 @@ fn the_headline_is_of_one_level() {
     let moderate = |(s, ms)| Row { peak_bytes: Some(1), ..sample::row("block", "moderate", (1, s, 0), 512, ms) };
     results.results.extend([(128, 1.0), (256, 2.0), (512, 4.0)].map(moderate));
     let found = headline(&checked(&results));
-    assert!(found.contains("(maximal) pays from S = 512: 4.0× faster"), "{found}");
+    assert!(found.contains("(maximal) pays from S = 512: 4.00× faster"), "{found}");
     // Two configurations are no sweep.
     results.results.retain(|r| r.seq != Some(128));
     let found = headline(&checked(&results));
-    assert!(found.contains("(maximal) pays in 1 of 2 configurations; at best it is 4.0× faster"), "{found}");
+    assert!(found.contains("(maximal) pays in 1 of 2 configurations; at best it is 4.00× faster"), "{found}");
 }
 
 #[test]
