@@ -13,7 +13,7 @@ mod report;
 mod run;
 mod signals;
 
-use std::{process::ExitCode, sync::OnceLock};
+use std::{io::Write, process::ExitCode, sync::OnceLock};
 
 use args::Global;
 use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind as Usage};
@@ -134,7 +134,8 @@ fn sentence(paragraph: &str, kind: Usage) -> String {
 }
 
 fn failed(e: &Error) -> ExitCode {
-    eprintln!("error: {}", e.to_string().replace(['\n', '\r'], " "));
+    // A closed stderr must not change the exit code.
+    let _ = writeln!(std::io::stderr(), "error: {}", e.to_string().replace(['\n', '\r'], " "));
     ExitCode::from(match e.kind() {
         ErrorKind::InvalidInput | ErrorKind::Unavailable => EXIT_USAGE,
         ErrorKind::Cancelled => signals::EXIT_INTERRUPTED,

@@ -105,18 +105,17 @@ pub fn execute(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     args.out.as_deref().map_or(Ok(()), |out| check_input(args, out).and_then(|()| check_writable(out)))?;
     args.write.as_deref().map_or(Ok(()), check_folder)?;
     let context = global.context()?;
-    // Until a file is written there is nothing that a signal could leave behind.
-    let (problem, data, ran) = signals::droppable(
-        || (),
-        || {
-            let (problem, data) = match &args.problem {
-                Some(problem) => make(args, &context, problem)?,
-                None => read(args)?.into_parts(),
-            };
-            let ran = args.out.as_ref().map(|_| compute(&context, &problem, &data, args.fusion.0, global.quiet)).transpose()?;
-            Ok((problem, data, ran))
-        },
-    )?;
+    let work = || {
+        let (problem, data) = match &args.problem {
+            Some(problem) => make(args, &context, problem)?,
+            None => read(args)?.into_parts(),
+        };
+        let ran = args.out.as_ref().map(|_| compute(&context, &problem, &data, args.fusion.0, global.quiet)).transpose()?;
+        Ok((problem, data, ran))
+    };
+    // Until a file is written there is nothing that a signal could leave behind; but a program must not end within a call of the CUDA driver.
+    let (problem, data, ran) = if context.gpu().is_some() { work() } else { signals::droppable(|| (), work) }?;
+    signals::check()?;
     let mut result = json!({});
     if let Some(dir) = &args.write {
         let replaced = BLOCK_FILES.iter().any(|name| dir.join(name).exists());

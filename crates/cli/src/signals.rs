@@ -1,8 +1,11 @@
 //! Ctrl-C and SIGTERM. The first ends at once what can be dropped, and asks everything else to stop cleanly; the second ends the program.
 
-use std::sync::{
-    Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    io::Write,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use lawson::{Error, ErrorKind, Result};
@@ -60,7 +63,8 @@ pub fn listen() -> Result<()> {
         } else if !second {
             return;
         }
-        eprintln!("error: interrupted");
+        // Where nobody reads stderr any more there is nobody to tell; `eprintln!` would panic and end this thread instead of the program.
+        let _ = writeln!(std::io::stderr(), "error: interrupted");
         std::process::exit(i32::from(EXIT_INTERRUPTED));
     };
     ctrlc::set_handler(handler).map_err(|e| Error::new(ErrorKind::Device, format!("Ctrl-C cannot be listened for: {e}")))

@@ -254,7 +254,10 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     }
     refuse(&["block", "--seq", "16777216", "--head-dim", "8", "--heads", "64"], &["available"]);
     // Each sequence takes a tile of rows in the cache.
-    refuse(&["block", "--batch", "1048576", "--seq", "1", "--hidden", "512", "--heads", "4"], &["block B 1048576", "available"]);
+    refuse(
+        &["block", "--batch", "1048576", "--seq", "1", "--hidden", "8192", "--heads", "64"],
+        &["block B 1048576", "available"],
+    );
     refuse(&["block", "--head-dim", "7", "--heads", "2"], &["--head-dim", "even"]);
     refuse(&["--dtype", "int3"], &["int3", "bf16"]);
     refuse(&["--causal", "maybe"], &["maybe", "true", "false"]);

@@ -594,7 +594,7 @@ fn a_block_file_says_which_flags_it_needs() {
 #[test]
 fn a_problem_too_large_for_memory_is_refused() {
     let out = folder("large").join("out");
-    for problem in ["block b=1 s=1 e=1000000 h=4", "block b=1048576 s=1 e=1024 h=8"] {
+    for problem in ["block b=1 s=1 e=1000000 h=4", "block b=1048576 s=64 e=4096 h=8"] {
         refused(&line!["run", "--problem", problem, "--out", &out], &["--problem 'block b=", "of memory, this machine has"]);
         assert!(!out.exists());
     }
@@ -614,7 +614,7 @@ fn interrupt(args: &[OsString], signal: &str, milliseconds: u64) {
     assert!(sent.success());
     let start = Instant::now();
     let output = child.wait_with_output().expect("the program ends");
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert_eq!(output.status.code(), Some(130));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "error: interrupted\n");
     assert!(output.stdout.is_empty());
@@ -626,7 +626,7 @@ fn a_signal_ends_a_run_at_once_and_nothing_is_written() {
     let dir = folder("signals");
     let long = "block b=1 s=400000 e=64 h=4";
     // While numbers are drawn, and while they are computed.
-    interrupt(&line!["run", "--problem", "block b=1 s=8192 e=4096 h=32", "--write", dir.join("case")], "-INT", 300);
+    interrupt(&line!["run", "--problem", "block b=1 s=32768 e=4096 h=32", "--write", dir.join("case")], "-INT", 1000);
     interrupt(&line!["run", "--problem", long, "--out", dir.join("out"), "--device", "cpu"], "-TERM", 2500);
     interrupt(
         &line!["run", "--problem", long, "--write", dir.join("case"), "--out", dir.join("out"), "--device", "cpu"],

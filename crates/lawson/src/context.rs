@@ -345,12 +345,17 @@ impl Call<'_> {
     }
 }
 
+/// What says that a library is missing, for each that is.
+fn missing() -> Vec<String> {
+    lawson_cuda::missing_libraries().iter().map(ToString::to_string).collect()
+}
+
 /// Names the device that cannot be had, and the way around it.
 fn unavailable(e: Error, device: Device) -> Error {
     if e.kind() != ErrorKind::Unavailable {
         return e.at(format!("device {device}"));
     }
-    let missing: Vec<String> = lawson_cuda::missing_libraries().iter().map(ToString::to_string).collect();
+    let missing = missing();
     let why = if !lawson_cuda::has_driver() {
         "no GPU was found, as there is no NVIDIA driver (libcuda.so.1); `lawson devices` lists what a GPU needs".to_owned()
     } else if missing.contains(&e.to_string()) {
@@ -365,7 +370,7 @@ fn unavailable(e: Error, device: Device) -> Error {
 
 /// `e`, or every library that is missing where one of them is why.
 fn all_missing(e: Error) -> Error {
-    let missing: Vec<String> = lawson_cuda::missing_libraries().iter().map(ToString::to_string).collect();
+    let missing = missing();
     if missing.contains(&e.to_string()) { Error::new(e.kind(), missing.join("; ")) } else { e }
 }
 

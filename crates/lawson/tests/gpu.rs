@@ -36,8 +36,8 @@ fn data() -> PathBuf {
 
 /// A spread of prefill, chunked prefill and decode, ragged too, whose plans take every kernel.
 const LINES: [&str; 13] = [
-    "block b=1 s=3 past=70 e=256 h=4/2 d=64 causal bias=qkvo residual f16",
-    "block b=3 s=1 past=300 e=264 h=4/2 d=33 causal rope=half,dim=32 bias=qkvo residual bf16",
+    "block b=1 s=1 past=70 e=264 h=4/2 d=64 causal bias=qkvo residual f16",
+    "block b=1 s=1 past=300 e=65 h=4/2 d=33 causal rope=half,dim=32 bias=qkvo residual bf16",
     "block b=1 s=1 past=300 e=1000 h=5/5 d=72 causal rope=half input_norm=0.00001 bias=qkvo f32",
     "block b=2 s=300 past=0 e=512 h=8/2 d=64 causal rope=half bf16",
     "block b=1 s=77 past=200 e=512 h=4/4 d=128 causal window=90 qk_norm=0.000001 input_norm=0.00001 residual rope=half bf16",

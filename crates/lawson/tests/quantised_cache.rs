@@ -189,33 +189,33 @@ fn truncation_reopens_a_group_from_its_codes() {
 #[test]
 fn rows_that_are_not_finite_reach_only_who_sees_them() {
     let context = context(2);
-    let one = "block b=1 s=1 e=48 h=4/2 d=33 causal window=20";
     let mut rng = Rng::new(8);
-    for (kind, codes) in KINDS {
-        let block = block(&context, one);
-        let clean = [rng.normals(2 * 50 * D, 1.0), rng.normals(2 * 50 * D, 1.0)];
+    // Decode multiplies codes as they are where D is a multiple of 32.
+    for (d, (kind, codes)) in [33, 64].into_iter().flat_map(|d| KINDS.map(|kind| (d, kind))) {
+        let block = block(&context, &format!("block b=1 s=1 e=48 h=4/2 d={d} causal window=20"));
+        let clean = [rng.normals(2 * 50 * d, 1.0), rng.normals(2 * 50 * d, 1.0)];
         let [mut k, mut v] = clean.clone();
         // Head 0: keys of rows 3 and 40 (a finished group and the tail), a value of row 4. Head 1: a value of row 7.
-        k[3 * D + 5] = f32::INFINITY;
-        k[40 * D] = f32::NAN;
-        v[4 * D + 32] = f32::INFINITY;
-        v[(50 + 7) * D] = f32::NAN;
+        k[3 * d + 5] = f32::INFINITY;
+        k[40 * d] = f32::NAN;
+        v[4 * d + 32] = f32::INFINITY;
+        v[(50 + 7) * d] = f32::NAN;
         let mut cache = cache(&block, 1, kind);
         cache.import(0, 0, 50, &k, &v).unwrap();
         let (got_k, got_v) = cache.export(0, 0, 50).unwrap();
-        for (i, row) in got_k.chunks_exact(D).enumerate() {
+        for (i, row) in got_k.chunks_exact(d).enumerate() {
             assert_eq!(row.iter().all(|x| x.is_nan()), i == 3, "{kind} key {i}");
             assert!(i == 3 || row.iter().filter(|x| !x.is_finite()).count() == usize::from(i == 40), "{kind} key {i}");
         }
-        for (i, row) in got_v.chunks_exact(D).enumerate() {
+        for (i, row) in got_v.chunks_exact(d).enumerate() {
             assert_eq!(row.iter().all(|x| x.is_nan()), [4, 57].contains(&i), "{kind} value {i}");
             assert!([4, 57].contains(&i) || row.iter().all(|x| x.is_finite()), "{kind} value {i}");
         }
         // The other rows of the group: as if the row had been another of them.
-        let mut others = clean[0][..32 * D].to_vec();
-        others.copy_within(0..D, 3 * D);
-        codes.keys_through_codes(&mut others, D);
-        assert!(got_k[..3 * D] == others[..3 * D] && got_k[4 * D..32 * D] == others[4 * D..], "{kind}");
+        let mut others = clean[0][..32 * d].to_vec();
+        others.copy_within(0..d, 3 * d);
+        codes.keys_through_codes(&mut others, d);
+        assert!(got_k[..3 * d] == others[..3 * d] && got_k[4 * d..32 * d] == others[4 * d..], "{kind}");
         // A query sees 20 rows: one at 42 sees row 40, one at 27 none of them. Values weigh 0 where they are not seen, and NaN · 0 is NaN, so that
         // these are clean.
         for (past, lost) in [(42, true), (27, false), (22, true), (40, false)] {

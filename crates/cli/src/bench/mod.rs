@@ -109,7 +109,7 @@ struct ShapeArgs {
     /// Sequences [default: 1]
     #[arg(long, value_name = "B", value_parser = sequences, allow_negative_numbers = true, conflicts_with = "preset")]
     batch: Option<usize>,
-    /// New tokens of each sequence [default: 1024]
+    /// New tokens of each sequence [default: 1024; of decode behind a --past 1]
     #[arg(long, value_name = "S", value_parser = size, allow_negative_numbers = true, conflicts_with = "preset")]
     seq: Option<usize>,
     /// Tokens that are in the cache before the call [default: 0]

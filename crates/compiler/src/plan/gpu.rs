@@ -33,7 +33,7 @@ impl Draft<'_> {
             _ => self.gpu_tiled(level),
         }
         if mixed && level <= Level::Minimal {
-            let why = "the library's products read one dtype, and the cache has another: the steps are those of moderate";
+            let why = "the library's products read one dtype, and the cache has another: attention is that of moderate";
             self.rejected.push(Rejected { what: "scores in memory".into(), why: why.into() });
         }
     }

@@ -59,10 +59,11 @@ macro_rules! with_heads {
                 const $r: usize = 2;
                 $body
             }
-            _ => {
+            1 => {
                 const $r: usize = 1;
                 $body
             }
+            other => unreachable!("{other} heads at once"),
         }
     };
 }
@@ -255,12 +256,16 @@ unsafe fn reorder<S: Simd>(s: S, row: *mut f32, d: usize, back: bool) {
 /// are fetched on the way.
 #[derive(Clone, Copy)]
 pub(super) struct Scores<T, const R: usize> {
+    /// [R, D up to whole vectors], in the order of [`Load::load_two`].
     pub q: *const f32,
     pub d: usize,
+    /// [n, D], rows `stride` apart.
     pub k: *const T,
     pub stride: usize,
     pub n: usize,
+    /// [n up to LANES / R keys more, R].
     pub p: *mut f32,
+    /// Any address.
     pub next: *const T,
 }
 
@@ -406,15 +411,20 @@ unsafe fn softmax<S: Simd, const HEADS: usize>(s: S, p: *mut f32, len: usize, m:
 /// acc[r] = acc[r] · alpha[r] + Σ p[j, r] · v[j] for `R` heads. The rows from `next` on, as many, are fetched on the way.
 #[derive(Clone, Copy)]
 pub(super) struct Weigh<T, const R: usize> {
+    /// [n, R].
     pub p: *const f32,
     /// From the weights for [`GROUP`] dimensions to those for the next; 0 where they are the same.
     pub p_step: usize,
     pub n: usize,
+    /// [n, width], rows `stride` apart.
     pub v: *const T,
     pub stride: usize,
+    /// [R, width], in the order of [`Load::load_two`].
     pub acc: *mut f32,
+    /// `[R]`.
     pub alpha: *const f32,
     pub width: usize,
+    /// Any address.
     pub next: *const T,
 }
 

@@ -152,7 +152,7 @@ pub struct DotState {
 pub trait Outlined {
     /// Runs it. Marked `#[inline(always)]`.
     /// # Safety
-    /// What the fields say.
+    /// The fields point to what they say, readable, and writable where they are `*mut`.
     unsafe fn run<S: Simd>(self, s: S);
 }
 

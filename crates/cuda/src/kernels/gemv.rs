@@ -7,7 +7,7 @@ use lawson_core::{DType, Error, Result};
 use super::{GEMV, geometry};
 use crate::{
     Instance, Kernel, KernelParams, Launch, Module,
-    blas::{Matmul, Operands},
+    blas::{Batch, Matmul, Operand, Operands},
 };
 
 /// Threads of a block.
@@ -53,8 +53,12 @@ impl Gemv {
     /// `matmul`, a projection of one row whose length, and the distance of the rows of W, are multiples of 16 bytes.
     ///
     /// # Errors
-    /// As [`Module::kernel`].
+    /// `InvalidInput` when it is another product; as [`Module::kernel`].
     pub fn new(module: &Module, matmul: Matmul, multiprocessors: usize) -> Result<Self> {
+        let whole = [matmul.k, matmul.ldb].iter().all(|n| (n * matmul.dtype.size()).is_multiple_of(16));
+        if matmul.m != 1 || matmul.b != Operand::Rows || matmul.batch != [Batch::ONE; 2] || !whole {
+            return Err(Error::invalid(format!("{matmul} is not a product of one row in whole pieces of 16 bytes")));
+        }
         let kernel: Kernel<GemvParams> = module.kernel("gemv")?;
         let lanes = (matmul.k * matmul.dtype.size() / 16).next_power_of_two().clamp(32, THREADS);
         let units = matmul.n.div_ceil(ROWS * THREADS / lanes);

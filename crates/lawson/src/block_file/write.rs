@@ -33,8 +33,9 @@ pub fn write_block_file(dir: impl AsRef<Path>, problem: &BlockProblem, data: &Bl
     let written = write_tensors(&dir.join("in.safetensors"), &tensors)
         .and_then(|()| write_atomically(&dir.join("block.json"), |file| file.write_all(&json)));
     if written.is_err() && new {
-        // Nothing better can be done when even this fails; the first error is the one to report.
-        let _ = std::fs::remove_dir_all(dir);
+        // Nothing better can be done when even this fails; the first error is the one to report. A folder that holds more is not empty and stays.
+        let _ = std::fs::remove_file(dir.join("in.safetensors"));
+        let _ = std::fs::remove_dir(dir);
     }
     written
 }
