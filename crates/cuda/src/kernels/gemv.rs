@@ -50,13 +50,18 @@ impl Gemv {
         Instance::new(&GEMV, &[("DTYPE", geometry::code(dtype))])
     }
 
+    /// Whether it is a projection of one row in whole pieces of 16 bytes.
+    fn takes(m: &Matmul) -> bool {
+        let whole = [m.k, m.ldb].iter().all(|n| (n * m.dtype.size()).is_multiple_of(16));
+        m.m == 1 && m.b == Operand::Rows && m.batch == [Batch::ONE; 2] && whole
+    }
+
     /// `matmul`, a projection of one row whose length, and the distance of the rows of W, are multiples of 16 bytes.
     ///
     /// # Errors
     /// `InvalidInput` when it is another product; as [`Module::kernel`].
     pub fn new(module: &Module, matmul: Matmul, multiprocessors: usize) -> Result<Self> {
-        let whole = [matmul.k, matmul.ldb].iter().all(|n| (n * matmul.dtype.size()).is_multiple_of(16));
-        if matmul.m != 1 || matmul.b != Operand::Rows || matmul.batch != [Batch::ONE; 2] || !whole {
+        if !Self::takes(&matmul) {
             return Err(Error::invalid(format!("{matmul} is not a product of one row in whole pieces of 16 bytes")));
         }
         let kernel: Kernel<GemvParams> = module.kernel("gemv")?;
@@ -98,5 +103,28 @@ impl Gemv {
         };
         // SAFETY: the caller's.
         unsafe { self.kernel.launch(&self.launch, &params, problem) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_products_are_not_taken() {
+        for (dtype, k) in [(DType::BF16, 4096), (DType::F16, 8), (DType::F32, 1000)] {
+            let good = Matmul { out: DType::F32, bias: true, residual: true, ..Matmul::projection(1, 263, k, dtype) };
+            assert!(Gemv::takes(&good), "{good}");
+            let two = Batch { count: 2, ..Batch::ONE };
+            for other in [
+                Matmul { m: 2, ..good },
+                Matmul { b: Operand::Columns, ..good },
+                Matmul { batch: [two, Batch::ONE], ..good },
+                Matmul { k: k - 1, ..good },
+                Matmul { ldb: k + 1, ..good },
+            ] {
+                assert!(!Gemv::takes(&other), "{other}");
+            }
+        }
     }
 }
